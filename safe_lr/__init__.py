@@ -1,0 +1,26 @@
+"""safe_lr: learning rates that stay below the edge of stability."""
+
+from safe_lr.decisions import Decision, Summary
+from safe_lr.guard import CoherenceGuard
+from safe_lr.loggers import JsonlLogger, Logger, WandbLogger
+from safe_lr.measurement import Measurement, measure
+from safe_lr.preconditioners import Preconditioner, register
+from safe_lr.scheduler import CoherenceScheduler
+from safe_lr.stability import UpdateRule
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "CoherenceGuard",
+    "CoherenceScheduler",
+    "Decision",
+    "JsonlLogger",
+    "Logger",
+    "Measurement",
+    "Preconditioner",
+    "Summary",
+    "UpdateRule",
+    "WandbLogger",
+    "measure",
+    "register",
+]

@@ -1,0 +1,189 @@
+"""Evaluating the user's closure without leaving a trace."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+Closure = Callable[[], Tensor]
+
+
+class ClosureError(TypeError):
+    """A closure that cannot be measured: it must return the scalar loss, with its graph, and call no backward()."""
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """The global random streams of Python, NumPy and torch (the CPU's and those of the given devices)."""
+
+    python: Any
+    numpy: Any
+    torch_cpu: Tensor
+    torch_devices: dict[torch.device, Tensor]
+
+    @classmethod
+    def capture(cls, devices: Sequence[torch.device] = ()) -> RandomState:
+        """Returns the streams as they stand."""
+        states = {d: torch.get_device_module(d).get_rng_state(d) for d in dict.fromkeys(devices) if d.type != "cpu"}
+        return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), states)
+
+    def restore(self) -> None:
+        """Puts the streams back to where they stood."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.torch_cpu)
+        for device, state in self.torch_devices.items():
+            torch.get_device_module(device).set_rng_state(state, device)
+
+
+class _ModuleState:
+    """One module's attributes (train/eval mode and caches among them), buffers and parameters' gradients."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.attributes = dict(vars(module))
+        self.buffers = dict(module._buffers)
+        self.values = {name: b.detach().clone() for name, b in self.buffers.items() if b is not None}
+        self.parameters = [_ParameterState(p) for p in module._parameters.values() if p is not None]
+
+    def restore(self) -> None:
+        attributes = vars(self.module)
+        for name in attributes.keys() - self.attributes.keys():
+            del attributes[name]
+        attributes.update(self.attributes)
+        self.module._buffers.clear()
+        self.module._buffers.update(self.buffers)
+        for name, value in self.values.items():
+            _write_back(self.buffers[name], value)
+        for parameter in self.parameters:
+            parameter.restore()
+
+
+class _ParameterState:
+    """A parameter's gradient and `requires_grad`; the gradient is set aside meanwhile."""
+
+    def __init__(self, parameter: Tensor) -> None:
+        self.parameter, self.grad, self.requires_grad = parameter, parameter.grad, parameter.requires_grad
+        parameter.grad = None
+
+    def restore(self) -> None:
+        self.parameter.grad = self.grad
+        if self.parameter.requires_grad != self.requires_grad:
+            self.parameter.requires_grad_(self.requires_grad)
+
+
+def _write_back(tensor: Tensor | None, value: Tensor) -> None:
+    # Through .data, so that a graph the user holds does not see a new version; and only where something changed.
+    if tensor is not None and not torch.equal(tensor.detach(), value):
+        tensor.data.copy_(value)
+
+
+class Untouched:
+    """What `leave_no_trace` yields: evaluates closures and trial steps, always from the same random state."""
+
+    def __init__(self, params: Sequence[Tensor], values: Sequence[Tensor], rng: RandomState) -> None:
+        self._params, self._values, self._rng = params, values, rng
+
+    def loss(self, closure: Closure) -> Tensor:
+        """Returns the closure's loss, with its graph, from the random state at entry.
+
+        Raises:
+            ClosureError: It called `backward()`, or returned something other than one real number with a graph.
+        """
+        self._rng.restore()
+        with torch.enable_grad():
+            loss = closure()
+        if any(p.grad is not None for p in self._params):
+            raise ClosureError(
+                "the closure called backward(); it must only return the loss, with its graph: "
+                "lambda: criterion(model(x), y)"
+            )
+        if not isinstance(loss, Tensor):
+            raise ClosureError(f"the closure must return the loss as a tensor, got {type(loss).__name__}; drop .item()")
+        if loss.numel() != 1 or not loss.is_floating_point():
+            raise ClosureError(
+                f"the closure must return one real number, got shape {tuple(loss.shape)}, {loss.dtype}; reduce it: "
+                "loss.mean()"
+            )
+        if not loss.requires_grad:
+            raise ClosureError(
+                "the closure returned a detached loss (it has no graph); compute it from the parameters, outside "
+                "no_grad() and without .detach()"
+            )
+        return loss.reshape(())
+
+    def loss_after(self, closure: Closure, steps: Sequence[Tensor | None]) -> float:
+        """Returns the closure's loss with `steps` added to the parameters; the parameters are put back."""
+        try:
+            for parameter, step in zip(self._params, steps, strict=True):
+                if step is not None:
+                    parameter.data.add_(step)
+            return float(self.loss(closure).detach())
+        finally:
+            for parameter, value in zip(self._params, self._values, strict=True):
+                _write_back(parameter, value)
+
+
+@contextlib.contextmanager
+def leave_no_trace(params: Sequence[Tensor]) -> Iterator[Untouched]:
+    """Lets closures be evaluated inside, and puts everything back, bit for bit, also when one raises in the middle.
+
+    Put back are the parameters, their `.grad` (the very same tensors) and `requires_grad`; of every module that is
+    called inside: buffers (BatchNorm's statistics), attributes (train/eval mode, hidden states and caches kept on
+    `self`), gradients; and the global random streams of Python, NumPy and torch. Modules are found by a forward
+    pre-hook, so the model need not be named. In effect:
+
+        before = snapshot(); [p.grad = None for p in params]
+        try: yield
+        finally: restore(before)
+
+    Scaled-dot-product attention runs on its math kernel inside, the only one that can be differentiated twice.
+
+    Out of reach: generator objects and iterators that the closure itself advances (a data loader's, say): draw the
+    batch outside and let the closure use it.
+
+    Args:
+        params: The parameters, each once. Costs one copy of them.
+
+    Yields:
+        An `Untouched`, which evaluates closures under the random state at entry: a dropout mask is the same each time.
+
+    Example:
+        >>> layer = nn.BatchNorm1d(2)
+        >>> with leave_no_trace(list(layer.parameters())) as untouched:
+        ...     loss = untouched.loss(lambda: layer(torch.randn(8, 2)).square().mean())
+        >>> int(layer.num_batches_tracked)
+        0
+    """
+    rng = RandomState.capture([p.device for p in params])
+    values = [p.detach().clone() for p in params]
+    held = [_ParameterState(p) for p in params]
+    modules: dict[nn.Module, _ModuleState] = {}
+
+    def remember(module: nn.Module, args: object) -> None:
+        for child in module.modules():
+            if child not in modules:
+                modules[child] = _ModuleState(child)
+
+    handle = register_module_forward_pre_hook(remember)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield Untouched(params, values, rng)
+    finally:
+        handle.remove()
+        for parameter, value in zip(params, values, strict=True):
+            _write_back(parameter, value)
+        for state in modules.values():
+            state.restore()
+        for parameter_state in held:
+            parameter_state.restore()
+        rng.restore()

@@ -1,0 +1,302 @@
+"""The eigenproblems of one measurement: D^1/2 H D^1/2 + diag(decay), with every parameter group folded into D."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safe_lr.lanczos import EigenEstimate, lanczos, start_vector
+from safe_lr.operators import Curvature
+from safe_lr.preconditioners import Group, Preconditioner, State, preconditioner_of
+from safe_lr.stability import UpdateRule
+
+BOUNDS = ("lemma1", "coherence", "momentum")
+
+MIN_MATVECS = 3
+"""Fewer products do not tell an eigenvalue: two are right to 1 % on an MLP and 81 % off on a GPT."""
+
+
+class MeasurementFailed(ArithmeticError):
+    """Numbers that allow no limit; becomes `Measurement.failure`."""
+
+    def __init__(self, reason: str, num_matvecs: int = 0) -> None:
+        super().__init__(reason)
+        self.num_matvecs = num_matvecs
+
+
+def shares(lrs: Sequence[float], initial_lrs: Sequence[float]) -> tuple[float, list[float]]:
+    """Returns `lr_ref`, the largest lr, and each group's lr in units of it.
+
+    With all lrs zero (a warm-up that starts from 0) the shares are those of the initial lrs, and `lr_ref` is 0.
+
+    Example:
+        >>> shares([0.1, 0.05], [1.0, 1.0])
+        (0.1, [1.0, 0.5])
+        >>> shares([0.0, 0.0], [1.0, 2.0])
+        (0.0, [0.5, 1.0])
+    """
+    lr_ref = max(lrs)
+    scale = lr_ref if lr_ref > 0 else max(initial_lrs)
+    return lr_ref, [lr / scale if scale > 0 else 1.0 for lr in (lrs if lr_ref > 0 else initial_lrs)]
+
+
+def movers(optimizer: torch.optim.Optimizer, group_shares: Sequence[float], updates: int | None = None) -> list[Mover]:
+    """Returns the parameters that can move: those that require grad, in groups whose lr is not zero."""
+    model = preconditioner_of(optimizer)
+    scale = getattr(optimizer, "grad_scale", None)  # fused optimizers unscale inside step()
+    return [
+        Mover(p, group, optimizer.state.get(p, {}), model, share, _unscaled(p.grad, scale), updates)
+        for group, share in zip(optimizer.param_groups, group_shares, strict=True)
+        for p in group["params"]
+        if p.requires_grad and share > 0
+    ]
+
+
+def _unscaled(grad: Tensor | None, scale: Tensor | None) -> Tensor | None:
+    return grad if grad is None or scale is None else grad / scale.to(grad.device)
+
+
+@dataclass
+class Mover:
+    """A parameter that the coming step moves, with what its optimizer makes of it."""
+
+    param: Tensor
+    group: Group
+    state: State
+    model: Preconditioner
+    share: float  # the group's lr in units of lr_ref
+    grad: Tensor | None
+    updates: int | None = None
+
+    def rule(self) -> UpdateRule:
+        return self.model.rule(self.group, self.state, self.updates)
+
+    def diagonal(self, grad: Tensor) -> Tensor:
+        return self.model.diagonal(
+            self.group, self.state, self.model.descent_gradient(self.group, self.param, grad)
+        ).detach()
+
+    def coming_step(self, grad: Tensor, lr: float) -> Tensor:
+        return self.model.coming_step(self.group, self.state, self.param, grad, lr * self.share, self.updates)
+
+
+class Eigenproblem:
+    """The top eigenvalues of D^1/2 H D^1/2 + diag(decay) for several D on one Hessian.
+
+    With `share_g = lr_g / lr_ref` the limit on lr_ref under each bound is 2 / top, where
+
+        gamma       D = share / P                no decay
+        coherence   D = share / P                decay share * wd
+        momentum    D = (2 / c) share / P        decay share * wd
+        lemma1      top = lambda_max(H) max(share / P) + max(share * wd)
+
+    Different momenta, lrs and decoupled decay of the groups are so folded into one symmetric product; L2 decay adds to
+    H's diagonal.
+
+    Args:
+        moving: The parameters that may move, in the order of the curvature's.
+        curvature: Gradient and Hessian products.
+        tol: Relative residual at which a solve stops.
+        max_matvecs: Largest number of products for all solves together.
+        cautious: Whether limits come from `upper` instead of `value`.
+        seed: Seed of the start vectors.
+        warm: Eigenvectors of an earlier measurement, by name.
+
+    Raises:
+        MeasurementFailed: No limit exists: nothing moves, P or the curvature is unusable.
+    """
+
+    def __init__(
+        self,
+        moving: Sequence[Mover],
+        curvature: Curvature,
+        *,
+        tol: float,
+        max_matvecs: int,
+        cautious: bool,
+        seed: int,
+        warm: dict[str, Tensor],
+    ) -> None:
+        self.curvature, self.tol, self.max_matvecs, self.cautious = curvature, tol, max_matvecs, cautious
+        self.seed, self.warm = seed, warm
+        self.everyone = moving
+        # A parameter that the loss does not use, or that got no gradient while others did, is not moved by the step.
+        trained = any(m.grad is not None for m in moving)
+        self.kept = [u and (m.grad is not None or not trained) for u, m in zip(curvature.used, moving, strict=True)]
+        self.movers = [m for m, keep in zip(moving, self.kept, strict=True) if keep]
+        if not self.movers:
+            raise MeasurementFailed("the loss uses none of the optimizer's parameters")
+        own = [g for g, keep in zip(curvature.gradient, self.kept, strict=True) if keep]
+        self.grads = [m.grad if m.grad is not None else g for m, g in zip(self.movers, own, strict=True)]
+        signs = {bool(m.group.get("maximize", False)) for m in self.movers}
+        if len(signs) > 1:
+            raise MeasurementFailed("some groups maximize and others minimize: no single limit exists")
+        self.sign = -1.0 if signs.pop() else 1.0
+        decays = [m.model.decay(m.group) for m in self.movers]
+        self.l2 = [l2 for l2, _ in decays]
+        self.decay = [m.share * decoupled for m, (_, decoupled) in zip(self.movers, decays, strict=True)]
+        self.p = [m.diagonal(g) for m, g in zip(self.movers, self.grads, strict=True)]
+        self.sizes = [m.param.numel() for m in self.movers]
+        dtype = torch.float32
+        for m in self.movers:
+            dtype = torch.promote_types(dtype, m.param.dtype)
+        self.like = torch.empty(sum(self.sizes), dtype=dtype, device=self.movers[0].param.device)
+        self.num_matvecs = 0
+        self.idle: list[Tensor] | None = None  # coordinates with a zero row in H
+        self.vectors: dict[str, Tensor] = {}
+
+    def coming_steps(self, lr: float) -> list[Tensor | None]:
+        """Each mover's change in a step of length lr, None where it stays; ends the problem and frees its graph."""
+        del self.curvature
+        grads = iter(self.grads)
+        return [
+            m.coming_step(next(grads), lr) if keep else None for m, keep in zip(self.everyone, self.kept, strict=True)
+        ]
+
+    def solve(self, bound: str, also: Collection[str] = ()) -> dict[str, Any]:
+        """Solves for gamma and the bound, and for others where asked or where they come free.
+
+        Returns:
+            `Measurement`'s figures by name.
+        """
+        smallest, smallest_in_shares = self._smallest_p()
+        gamma = self._top("gamma", [m.share for m in self.movers])
+        limits: dict[str, float] = {}
+        converged = gamma.converged
+        for name, weights in (
+            ("coherence", [1.0] * len(self.movers)),
+            ("momentum", [2 / m.rule().flip for m in self.movers]),
+        ):
+            top = self._decayed(name, gamma, weights, solve=name == bound or name in also)
+            if top is not None:
+                limits[name] = 2 / self._eigenvalue(top)
+                converged = converged and top.converged
+        sharpness = self._sharpness(gamma, needed=bound == "lemma1", wanted="lemma1" in also)
+        if sharpness is not None:
+            limits["lemma1"] = 2 / (self._eigenvalue(sharpness) / smallest_in_shares + max(self.decay))
+            converged = converged and sharpness.converged
+        shown = sharpness if sharpness is not None and bound == "lemma1" else gamma
+        return {
+            "lambda_max": sharpness.value if sharpness is not None else None,
+            "p_min": self._smallest_curved_p(smallest),
+            "p_min_all": smallest,
+            "p_eff": sharpness.value / gamma.value if sharpness is not None else None,
+            "gamma": gamma.value,
+            "limits": {name: limits[name] for name in BOUNDS if name in limits},
+            "lr_limit": limits[bound],
+            "residual": shown.residual,
+            "upper": shown.upper,
+            "converged": converged,
+            "vectors": self.vectors,
+        }
+
+    def _eigenvalue(self, estimate: EigenEstimate) -> float:
+        return estimate.upper if self.cautious else estimate.value
+
+    def _decayed(self, name: str, gamma: EigenEstimate, weights: list[float], *, solve: bool) -> EigenEstimate | None:
+        """The top of `weights * (P^-1/2 H P^-1/2) + diag(decay)`: from gamma where that tells it, else if asked."""
+        weight, decay = max(weights), max(self.decay)
+        # By Weyl's inequality never too small, and by at most tol too large where all weights are one.
+        above = replace(gamma, value=weight * gamma.value + decay, residual=weight * gamma.residual)
+        if min(weights) == weight and decay - min(self.decay) <= self.tol * weight * gamma.value:
+            return above
+        if not solve:
+            return None
+        if self._left() < MIN_MATVECS:
+            return replace(above, converged=False)
+        scaled = [w * m.share for w, m in zip(weights, self.movers, strict=True)]
+        return self._top(name, scaled, self.decay, start=gamma.vector)
+
+    def _sharpness(self, gamma: EigenEstimate, *, needed: bool, wanted: bool) -> EigenEstimate | None:
+        if all(p.ndim == 0 for p in self.p) and {m.share for m in self.movers} == {1.0}:
+            return gamma  # P is one: the two are the same
+        if needed or (wanted and self._left() >= MIN_MATVECS):
+            return self._top("lambda_max", None)
+        return None
+
+    def _left(self) -> int:
+        return self.max_matvecs - self.num_matvecs
+
+    def _top(
+        self, name: str, weights: list[float] | None, decay: Sequence[float] = (), start: Tensor | None = None
+    ) -> EigenEstimate:
+        """The largest eigenvalue of D^1/2 H D^1/2 + diag(decay), D = weights / P (the identity without weights)."""
+        if weights is None:
+            scales = [torch.ones_like(p) for p in self.p]
+        else:
+            scales = [(w / p).sqrt() for w, p in zip(weights, self.p, strict=True)]
+        warm = self.warm.get(name)
+        if warm is not None and warm.shape == self.like.shape:
+            start = warm
+        if start is None:
+            start = self._flat([s * g for s, g in zip(scales, self.grads, strict=True)])
+        estimate = lanczos(
+            lambda v: self._matvec(v, scales, decay or [0.0] * len(scales)),
+            start_vector(self.like, self.seed, start),
+            tol=self.tol,
+            max_matvecs=max(1, self._left()),
+            min_matvecs=MIN_MATVECS,
+        )
+        self.num_matvecs += estimate.num_matvecs
+        if not math.isfinite(estimate.value):
+            raise MeasurementFailed("the curvature is not finite", self.num_matvecs)
+        if estimate.value <= 0:
+            raise MeasurementFailed(
+                f"the loss curves nowhere upwards on this batch (largest eigenvalue {estimate.value:.3g})",
+                self.num_matvecs,
+            )
+        self.vectors[name] = estimate.vector
+        return estimate
+
+    def _matvec(self, v: Tensor, scales: Sequence[Tensor], decay: Sequence[float]) -> Tensor:
+        parts = [
+            (part.view_as(m.param) * s).to(m.param)
+            for part, m, s in zip(torch.split(v, self.sizes), self.movers, scales, strict=True)
+        ]
+        products = self._product(parts)
+        if self.idle is None:  # the start vector has a random part everywhere, so a zero here is a zero row
+            self.idle = [h == 0 for h in products]
+        out = [self.sign * h + l2 * x for h, x, l2 in zip(products, parts, self.l2, strict=True)]
+        flat = self._flat([h.to(self.like) * s for h, s in zip(out, scales, strict=True)])
+        for part, old, d in zip(torch.split(flat, self.sizes), torch.split(v, self.sizes), decay, strict=True):
+            if d:
+                part.add_(old, alpha=d)
+        return flat
+
+    def _product(self, parts: list[Tensor]) -> list[Tensor]:
+        rest = iter(parts)
+        everyone = [
+            next(rest) if keep else torch.zeros_like(m.param) for keep, m in zip(self.kept, self.everyone, strict=True)
+        ]
+        products = self.curvature.product(everyone)
+        return [h for h, keep in zip(products, self.kept, strict=True) if keep]
+
+    def _flat(self, tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat([t.to(self.like).reshape(-1) for t in tensors])
+
+    def _smallest_p(self) -> tuple[float, float]:
+        """The smallest entry of P, and the smallest entry in units of the group's share of lr_ref."""
+        lowest = torch.stack([p.min().to(self.like) for p in self.p]).tolist()
+        highest = torch.stack([p.max().to(self.like) for p in self.p]).tolist()
+        for m, low, high in zip(self.movers, lowest, highest, strict=True):
+            if not (low > 0 and math.isfinite(high)):
+                raise MeasurementFailed(
+                    f"the preconditioner of a parameter of shape {tuple(m.param.shape)} has the entries {low:g} to "
+                    f"{high:g}: the gradient or the optimizer's state holds numbers that no step can use"
+                )
+        return min(lowest), min(low / m.share for low, m in zip(lowest, self.movers, strict=True))
+
+    def _smallest_curved_p(self, smallest: float) -> float:
+        curved = []
+        for m, p, idle in zip(self.movers, self.p, self.idle or [], strict=True):
+            floor = m.model.floor(m.group)
+            if floor is not None:
+                p = p.masked_fill(idle & (p <= torch.tensor(floor, dtype=p.dtype, device=p.device)), math.inf)
+            curved.append(p.min().to(self.like))
+        value = float(torch.stack(curved).min())
+        return value if math.isfinite(value) else smallest

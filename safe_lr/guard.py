@@ -1,0 +1,530 @@
+"""`CoherenceGuard`: the engine that measures, decides and caps around `optimizer.step()`."""
+
+from __future__ import annotations
+
+import atexit
+import math
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from safe_lr.closures import Closure
+from safe_lr.decisions import Action, Decision, Summary
+from safe_lr.eigenproblem import MeasurementFailed, movers
+from safe_lr.loggers import Logger, is_stop_request, resolve
+from safe_lr.loggers.broadcast import Broadcast
+from safe_lr.measurement import Measurement, Settings, measure, measure_step
+from safe_lr.policies import FREE_UPDATES, NormTrend, Policy, affordable, learned_margin, next_cap, next_gap
+from safe_lr.preconditioners import decays, preconditioner_of
+from safe_lr.rates import Rates
+
+FIRST_COST = 8.0
+"""Gradient evaluations that the first measurement is expected to need: a graph, three products, a trial."""
+
+HISTORY = 10_000
+"""Decisions kept in memory."""
+
+FIGURES = ("lr_limit", "gamma", "lambda_max", "p_min", "p_eff")
+"""A measurement's figures that stay in force until the next one."""
+
+
+@dataclass
+class State:
+    """Everything that a resumed run must remember, as plain numbers."""
+
+    margin: float
+    updates: int = 0
+    young: bool | None = None  # whether the optimizer had no state before our first update
+    cap: float | None = None
+    flip: float = 2.0  # the update rule's c when `figures["lr_limit"]` was measured
+    due_at: int = 0
+    gap: int = 1
+    expected_cost: float = FIRST_COST
+    trend: NormTrend = field(default_factory=NormTrend)
+    measurements: int = 0
+    failures: int = 0
+    num_matvecs: int = 0
+    cost: float = 0.0
+    seconds: float = 0.0
+    capped_steps: int = 0
+    first_capped_step: int | None = None
+    worst_utilisation: float | None = None
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+class CoherenceGuard:
+    """Keeps an optimizer's lr below the stability limit, inside `optimizer.step()` only.
+
+        lr = min(desired lr, cap),    cap = margin * lr_limit
+
+    The desired lr is whatever stands in `param_groups` when `optimizer.step()` is called: a scheduler's, a trainer's,
+    or yours. The cap is applied just before the update and taken back after it, so nobody else ever sees a capped lr.
+    See `CoherenceScheduler` for the arguments and for a version whose `param_groups` show the applied lr.
+
+    Args:
+        optimizer: A torch optimizer with a known preconditioner.
+        restore: Whether the desired lr is put back after each update.
+
+    Example:
+        >>> x = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+        >>> curvature = torch.tensor([2.0, 0.5])                               # H = diag(4, 1): lr_limit = 2 / 4
+        >>> optimizer = torch.optim.SGD([x], lr=100.0)
+        >>> guard = CoherenceGuard(optimizer, margin=0.5)
+        >>> for _ in range(50):
+        ...     loss = (x**2 * curvature).sum()
+        ...     loss.backward()
+        ...     guard.observe(lambda: (x**2 * curvature).sum())
+        ...     _ = optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> optimizer.param_groups[0]["lr"], bool(loss < 1e-6), round(guard.last_decision.lr_after, 2)
+        (100.0, True, 0.25)
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        bound: str = "momentum",
+        margin: float | str = "auto",
+        margin_max: float = 8.0,
+        trial_slack: float = 0.5,
+        growth: float = 1.02,
+        curvature: str = "hessian",
+        hvp: str = "auto",
+        probe: Closure | None = None,
+        tol: float = 0.1,
+        warm_start: bool = True,
+        max_matvecs: int = 30,
+        max_overhead: float = 0.05,
+        credit: float = 60.0,
+        lambda_every: int = 4,
+        on_failure: str = "hold",
+        loggers: str | Logger | Sequence[Logger] | None = "auto",
+        log_path: str | Path | None = None,
+        seed: int = 0,
+        restore: bool = True,
+    ) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if on_failure not in ("hold", "raise"):
+            raise ValueError(f"on_failure must be one of 'hold', 'raise', got {on_failure!r}")
+        if lambda_every < 1:
+            raise ValueError(f"lambda_every must be at least 1 (measurements), got {lambda_every!r}")
+        if probe is not None and not callable(probe):
+            raise TypeError(f"probe must be a closure that returns the loss, got {type(probe).__name__}")
+        preconditioner_of(optimizer)
+        if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError("no parameter of the optimizer requires grad: nothing can be measured or capped")
+        self.optimizer = optimizer
+        self.settings = Settings(bound, curvature, hvp, tol, max_matvecs, cautious=True)
+        self.policy = Policy(margin, margin_max, trial_slack, growth, max_overhead, credit)
+        self.rates = Rates(optimizer)
+        self.history: deque[Decision] = deque(maxlen=HISTORY)
+        self.last_measurement: Measurement | None = None
+        self._warm_start, self._lambda_every, self._on_failure, self._seed = warm_start, lambda_every, on_failure, seed
+        self._restore = restore
+        self._probe = probe
+        self._observed: Closure | None = None
+        self._state = State(margin=self.policy.first_margin)
+        self._vectors: dict[str, Tensor] = {}
+        self._warned: set[str] = set()
+        self._log = Broadcast(resolve(loggers, log_path), self._config)
+        self._hook()
+
+    # ---- what the user calls
+
+    def observe(self, closure: Closure) -> None:
+        """Stores a closure for the coming update: returns the loss of the current batch, with its graph, no
+        `backward()`.
+
+        It is evaluated only when a measurement is due, and dropped when the update is over.
+
+        Raises:
+            TypeError: The closure is not callable.
+        """
+        if not callable(closure):
+            raise TypeError(
+                f"observe() takes a closure, got {type(closure).__name__}: observe(lambda: criterion(model(x), y))"
+            )
+        self._observed = closure
+
+    @property
+    def due(self) -> bool:
+        """Whether the coming update will measure; an alarm can make one that is not due do so too."""
+        state = self._state
+        return state.updates >= state.due_at and self._affordable(alarm=False) >= state.expected_cost
+
+    @property
+    def last_decision(self) -> Decision | None:
+        """The newest decision, None before the first."""
+        return self.history[-1] if self.history else None
+
+    def measure(self, closure: Closure | None = None) -> Measurement:
+        """Measures now, with all three limits, and changes nothing; not counted against `max_overhead`.
+
+        Args:
+            closure: Returns the loss; the probe, else the observed closure, where None.
+        """
+        s = self.settings
+        closure = closure or self._probe or self._observed
+        applied = self.rates.applied
+        self.rates.give_back()  # the shares of lr_ref are the desired lrs'
+        try:
+            return measure(self.optimizer, closure, bound=s.bound, curvature=s.curvature, hvp=s.hvp, seed=self._seed)
+        finally:
+            if applied != self.rates.applied:
+                self.rates.apply(self._state.cap)
+
+    def summary(self) -> Summary:
+        """Returns the run so far in a dozen numbers; `print` it for a sentence."""
+        s = self._state
+        return Summary(
+            steps=s.updates,
+            measurements=s.measurements,
+            failures=s.failures,
+            num_matvecs=s.num_matvecs,
+            cost=s.cost,
+            overhead=s.cost / max(1, s.updates),
+            capped_steps=s.capped_steps,
+            first_capped_step=s.first_capped_step,
+            worst_utilisation=s.worst_utilisation,
+            margin=s.margin,
+            cap=s.cap,
+            lr_limit=s.figures.get("lr_limit"),
+            seconds=s.seconds,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns numbers, lists and tensors only, so that it loads with `weights_only=True`.
+
+        With `warm_start` it holds one parameter-sized vector for each eigenvalue in use.
+        """
+        return {"state": asdict(self._state), "rates": self.rates.state_dict(), "vectors": dict(self._vectors)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores `state_dict()`; load the optimizer's too, in either order."""
+        self.rates.load_state_dict(state_dict["rates"])
+        self._state = State(**{**state_dict["state"], "trend": NormTrend(**state_dict["state"]["trend"])})
+        self._state.figures = dict(self._state.figures)
+        self._vectors = dict(state_dict["vectors"])
+
+    def close(self) -> None:
+        """Detaches from the optimizer, gives it back its desired lr, and closes the loggers. Safe to call twice."""
+        for handle in self._handles:
+            handle.remove()
+        atexit.unregister(self._at_exit)
+        self.rates.give_back()
+        if self._log:
+            self._log.close(self.summary().to_dict())
+
+    # ---- around optimizer.step()
+
+    def _hook(self) -> None:
+        me = weakref.ref(self)  # the optimizer must not keep a guard alive that everyone else has dropped
+
+        def before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+            guard = me()
+            return guard._before(args, kwargs) if guard is not None else None
+
+        def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            guard = me()
+            if guard is not None:
+                guard._after()
+
+        def at_exit() -> None:
+            guard = me()
+            if guard is not None:
+                guard.close()
+
+        optimizer = self.optimizer
+        self._handles = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+        self._at_exit = at_exit
+        atexit.register(at_exit)
+
+    def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        """The pre-hook. In `optimizer.step(closure)` there are no gradients yet: act once that closure has run."""
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._prepare()
+            return None
+
+        def prepared() -> Any:
+            loss = closure()
+            self._prepare()
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": prepared}
+        return (args[0], prepared, *args[2:]), kwargs
+
+    def _skipped(self) -> bool:
+        """Whether a fused optimizer is about to drop this update because a gradient overflowed (GradScaler)."""
+        found_inf = getattr(self.optimizer, "found_inf", None)
+        return found_inf is not None and bool(found_inf)
+
+    def _prepare(self) -> None:
+        """Before the update: measures where that is due or something looks wrong, moves the cap, writes the lrs."""
+        if self._skipped():
+            return
+        state = self._state
+        self.rates.read()
+        if state.young is None:
+            state.young = not any(self.optimizer.state.values())
+        norm = self._gradient_norm()
+        usual, alarm = state.trend, state.trend.alarming(norm)
+        state.trend = usual.after(norm)
+        if (state.updates >= state.due_at or alarm) and self._affordable(alarm) >= state.expected_cost:
+            closure = self._probe or self._observed
+            if closure is not None:
+                jump = f"the gradient norm is {norm:.3g}, usual is {math.exp(usual.mean):.3g}" if alarm else None
+                self._decide(self._measured(closure, alarm), jump)
+                return
+            self._warn_once(
+                "observe",
+                "safe_lr was given no closure for this update: call scheduler.observe(lambda: criterion(model(x), y)) "
+                "between backward() and optimizer.step(). Training goes on; no new limit can be measured.",
+            )
+        if state.cap is not None:
+            self._follow_rule()
+            state.cap = self._cap_under(state.figures["lr_limit"])
+        self.apply()
+
+    def _follow_rule(self) -> None:
+        """Carries the limit over to the coming step: gamma stays until it is measured again, c is known at each."""
+        if self.settings.bound == "momentum":
+            flip = self._flip()
+            self._state.figures["lr_limit"] *= flip / self._state.flip
+            self._state.flip = flip
+
+    def _flip(self) -> float:
+        group = self.optimizer.param_groups[self.rates.reference]
+        counted = self._state.updates + 1 if self._state.young else None
+        states = (self.optimizer.state.get(p, {}) for p in group["params"] if p.grad is not None)
+        model = preconditioner_of(self.optimizer)
+        return model.rule(group, next(states, {}), counted).flip
+
+    def apply(self) -> None:
+        """Writes the applied lrs under the cap in force."""
+        if self.rates.apply(self._state.cap):
+            self._state.due_at = min(self._state.due_at, self._state.updates)
+
+    def _after(self) -> None:
+        if self._skipped():
+            return
+        state = self._state
+        if self.rates.capped:
+            state.capped_steps += 1
+            if state.first_capped_step is None:
+                state.first_capped_step = state.updates
+        if self._log:
+            self._log.step(self._row())
+        state.updates += 1
+        self._observed = None  # it binds late and holds a batch
+        if self._restore:
+            self.rates.give_back()
+
+    def _gradient_norm(self) -> float:
+        grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([g.coalesce().values() if g.is_sparse else g for g in grads])
+        scale = getattr(self.optimizer, "grad_scale", None)
+        return float(norm if scale is None else norm / scale.to(norm.device))
+
+    # ---- measuring and deciding
+
+    def _affordable(self, alarm: bool) -> float:
+        return affordable(self.policy, updates=self._state.updates, spent=self._state.cost, alarm=alarm)
+
+    def _measured(self, closure: Closure, alarm: bool) -> Measurement:
+        """Measures the coming step; whatever goes wrong becomes the measurement's `failure`."""
+        state = self._state
+        products = int((self._affordable(alarm) - 4 / 3) / 2)
+        try:
+            moving = movers(self.optimizer, self.rates.measured(), state.updates + 1 if state.young else None)
+            if self._probe is not None:
+                for mover in moving:
+                    mover.grad = None  # P is that of a step taken on the probe
+            found = measure_step(
+                moving,
+                closure,
+                replace(self.settings, max_matvecs=max(1, min(self.settings.max_matvecs, products))),
+                seed=self._seed + state.measurements,
+                also=("lemma1",) if (state.measurements + 1) % self._lambda_every == 0 else (),
+                warm=self._vectors if self._warm_start else None,
+                try_lr=self._lr_to_try if self.policy.learns else None,
+            )
+            if found.failure is not None and self._on_failure == "raise":
+                raise MeasurementFailed(found.failure, found.num_matvecs)
+        except Exception as error:
+            if self._on_failure == "raise" or is_stop_request(error):
+                raise
+            first_line = next(iter(str(error).splitlines()), "")
+            found = Measurement(bound=self.settings.bound, failure=f"{type(error).__name__}: {first_line}", cost=1.0)
+            self._warn_once(
+                "failure", f"safe_lr could not measure ({found.failure}); training goes on under the last cap."
+            )
+        state.measurements += 1
+        state.failures += found.failure is not None
+        state.num_matvecs += found.num_matvecs
+        state.cost += found.cost
+        state.seconds += found.seconds
+        self.last_measurement = replace(found, vectors={})
+        return found
+
+    def _planned(self, lr_limit: float) -> float:
+        """The lr of the coming step under the present margin, in units of lr_ref."""
+        return min(self.rates.lr_ref, self._cap_under(lr_limit))
+
+    def _cap_under(self, lr_limit: float) -> float:
+        state = self._state
+        free = state.updates < FREE_UPDATES
+        return next_cap(state.cap, state.margin * lr_limit, self.policy.growth, free=free)
+
+    def _lr_to_try(self, found: Measurement) -> float | None:
+        planned = self._planned(found.lr_limit)
+        return planned / self.policy.trial_slack if planned > 0 else None
+
+    def _decide(self, found: Measurement, jump: str | None) -> None:
+        """Turns a measurement into a margin, a cap and applied lrs; `jump` says what looked wrong, if anything did."""
+        state, group = self._state, self.rates.reference
+        before = self.rates.applied[group]
+        trial_failed = False
+        if found.failure is None:
+            self._vectors = found.vectors if self._warm_start else {}
+            state.expected_cost = max(FIRST_COST, found.cost)
+            trial_failed = self._learn(found, jump)
+            state.cap = self._cap_under(found.lr_limit)
+            state.flip = self._flip()
+            state.figures.update({k: v for k in FIGURES if (v := getattr(found, k)) is not None})
+        state.gap = next_gap(state.gap, alarm=jump is not None, trial_failed=trial_failed)
+        state.due_at = state.updates + state.gap
+        self.apply()
+        after = self.rates.applied[group]
+        if found.failure is None:
+            state.worst_utilisation = max(after / found.lr_limit, state.worst_utilisation or 0.0)
+        self._record(*self._reason(found, before, after), found, before, after)
+
+    def _learn(self, found: Measurement, jump: str | None) -> bool:
+        """Moves the learned margin after a trial step; returns whether the trial failed."""
+        if found.trial_loss is None or found.trial_lr is None or found.loss is None:
+            return False
+        failed = not (math.isfinite(found.trial_loss) and found.trial_loss <= found.loss)
+        old = self._state.margin
+        self._state.margin = learned_margin(
+            old,
+            planned=self._planned(found.lr_limit),
+            desired=self.rates.lr_ref,
+            lr_limit=found.lr_limit,
+            trial_failed=failed,
+            alarm=jump is not None,
+            margin_max=self.policy.margin_max,
+        )
+        if self._state.margin != old:
+            tried = (
+                f"a step of lr {found.trial_lr:.3g} would move the batch's loss from {found.loss:.4g} to "
+                f"{found.trial_loss:.4g}"
+            )
+            lr = self.rates.applied[self.rates.reference]
+            self._record("margin", f"margin {old:.3g} -> {self._state.margin:.3g}: {jump or tried}", found, lr, lr)
+        return failed
+
+    def _reason(self, found: Measurement, before: float, after: float) -> tuple[Action, str]:
+        state = self._state
+        if found.failure is not None:
+            held = (
+                "no cap yet, the desired lr is applied"
+                if state.cap is None
+                else f"the last cap {state.cap:.3g} is held"
+            )
+            return "hold", f"{found.failure}; {held}"
+        allowed = f"{state.margin:.3g} x limit {found.lr_limit:.3g}"
+        if after < before:
+            return "cap", f"lr {before:.3g} is above the cap {state.cap:.3g} = {allowed}"
+        if after > before:
+            return "raise", f"lr may rise from {before:.3g} to the cap {state.cap:.3g}, on its way to {allowed}"
+        if self.rates.capped:
+            return "keep", f"lr stays at the cap {state.cap:.3g}, on its way to {allowed}"
+        return "keep", f"lr {after:.3g} is within the cap {state.cap:.3g} <= {allowed}"
+
+    def _record(self, action: Action, reason: str, found: Measurement, before: float, after: float) -> None:
+        state, group = self._state, self.rates.reference
+        beta1, beta2 = decays(self.optimizer.param_groups[group])
+        good = found.failure is None
+        decision = Decision(
+            step=state.updates,
+            group=group,
+            action=action,
+            reason=reason,
+            lr_desired=self.rates.desired[group],
+            lr_before=before,
+            lr_after=after,
+            margin=state.margin,
+            utilisation=after / found.lr_limit if good else None,
+            beta1=beta1,
+            beta2=beta2,
+            cap=state.cap,
+            lr_limit=found.lr_limit if good else None,
+            limits=dict(found.limits),
+            lambda_max=found.lambda_max,
+            gamma=found.gamma,
+            p_min=found.p_min,
+            p_min_all=found.p_min_all,
+            p_eff=found.p_eff,
+            residual=found.residual if good else None,
+            converged=found.converged if good else None,
+            num_matvecs=found.num_matvecs,
+            cost=found.cost,
+            seconds=found.seconds,
+            loss=found.loss,
+            trial_lr=found.trial_lr,
+            trial_loss=found.trial_loss,
+            beyond_linear_limit=state.margin > 1,
+            failure=found.failure,
+        )
+        self.history.append(decision)
+        if self._log:
+            self._log.decide(decision)
+
+    # ---- what loggers are told
+
+    def _config(self) -> dict[str, Any]:
+        return {
+            **asdict(self.settings),
+            **asdict(self.policy),
+            "optimizer": type(self.optimizer).__name__,
+            "seed": self._seed,
+        }
+
+    def _row(self) -> dict[str, Any]:
+        state, group = self._state, self.rates.reference
+        applied, desired = self.rates.applied, self.rates.desired
+        limit = state.figures.get("lr_limit")
+        beta1, beta2 = decays(self.optimizer.param_groups[group])
+        row: dict[str, Any] = {
+            "step": state.updates,
+            "lr": applied[0],
+            "lr_desired": desired[0],
+            "cap": state.cap,
+            "margin": state.margin,
+            "utilisation": applied[group] / limit if limit else None,
+            "beta1": beta1,
+            "beta2": beta2,
+            "capped": int(self.rates.capped),
+            "cost": state.cost,
+            **{name: state.figures.get(name) for name in FIGURES},
+        }
+        for index in range(1, len(applied)):
+            row[f"lr/g{index}"], row[f"lr_desired/g{index}"] = applied[index], desired[index]
+        return row
+
+    def _warn_once(self, key: str, message: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(message, RuntimeWarning, stacklevel=2)

@@ -1,0 +1,221 @@
+"""One measurement: how sharp the loss is as the optimizer sees it, and which lr that allows."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from safe_lr.closures import Closure, leave_no_trace
+from safe_lr.eigenproblem import BOUNDS, Eigenproblem, MeasurementFailed, Mover, movers, shares
+from safe_lr.operators import exact_hessian
+
+CURVATURES = ("hessian",)
+HVPS = ("auto", "exact")
+
+# In gradient evaluations, medians of four networks from an MLP to a 5 M transformer (docs/performance.md).
+COST_OF_GRAPH = 1.0
+COST_OF_PRODUCT = 2.0
+COST_OF_TRIAL = 1 / 3
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure. Checked when made.
+
+    Attributes:
+        bound: `lemma1` (2 p_min / lambda_max, Eq. 20-21), `coherence` (2 / gamma, Eq. 17) or `momentum` (c / gamma,
+            Sec. 3.9).
+        curvature: `hessian`.
+        hvp: `auto` or `exact` (double backward on one retained graph).
+        tol: Relative residual at which the eigen-solver stops.
+        max_matvecs: Largest number of products for one measurement.
+        cautious: Whether the limits come from `value + residual` (the scheduler) or from the value itself.
+
+    Raises:
+        ValueError: A choice that does not exist (the message lists the choices), or a number out of range.
+    """
+
+    bound: str = "momentum"
+    curvature: str = "hessian"
+    hvp: str = "auto"
+    tol: float = 1e-3
+    max_matvecs: int = 500
+    cautious: bool = False
+
+    def __post_init__(self) -> None:
+        for name, choices in (("bound", BOUNDS), ("curvature", CURVATURES), ("hvp", HVPS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}")
+        if not 0 < self.tol < 1:
+            raise ValueError(f"tol must lie in (0, 1), got {self.tol!r}")
+        if self.max_matvecs < 1:
+            raise ValueError(f"max_matvecs must be at least 1, got {self.max_matvecs!r}")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one measurement found. lrs are in units of `lr_ref`, the largest desired lr of the parameter groups.
+
+    Attributes:
+        bound: The bound behind `lr_limit`.
+        lambda_max: Largest algebraic eigenvalue of H (with L2 decay), loss / parameter^2. None where not solved for.
+        p_min: Smallest entry of P, leaving out coordinates that carry no curvature (gradient so far exactly zero and a
+            zero row in H).
+        p_min_all: Smallest entry of P; Lemma 1 uses it.
+        p_eff: `lambda_max / gamma`, the entry of P that would make Lemma 1 exact.
+        gamma: Coherence, largest eigenvalue of P^-1/2 H P^-1/2 (with each group's P divided by its share of `lr_ref`).
+        limits: lr limit under `lemma1`, `coherence`, `momentum`, those that were solved for.
+        lr_limit: The limit under the chosen bound: the coming step's, on `lr_ref`.
+        residual: Residual norm of the eigenpair of gamma (of lambda_max under `lemma1`), in its unit.
+        upper: That eigenvalue plus its residual: a heuristic for an upper bound, not a certificate.
+        converged: Whether every eigenvalue's residual met the tolerance.
+        num_matvecs: Hessian-vector products spent, over all eigenvalues.
+        cost: Gradient evaluations spent: 1 for the graph, 2 a product, 1/3 for a trial step.
+        seconds: Wall time.
+        curvature, hvp: What was measured and how the products were made.
+        failure: Why the measurement failed, in a sentence; None if it did not. The figures are then None or NaN.
+        loss: Loss on the measured batch.
+        trial_lr, trial_loss: The lr tried on that batch and the loss after it, None without a trial.
+        vectors: The eigenvectors found, for a warm start.
+    """
+
+    bound: str = "momentum"
+    lambda_max: float | None = None
+    p_min: float | None = None
+    p_min_all: float | None = None
+    p_eff: float | None = None
+    gamma: float | None = None
+    limits: dict[str, float] = field(default_factory=dict)
+    lr_limit: float = math.nan
+    residual: float = math.nan
+    upper: float = math.nan
+    converged: bool = False
+    num_matvecs: int = 0
+    cost: float = 0.0
+    seconds: float = 0.0
+    curvature: str = "hessian"
+    hvp: str = "exact"
+    failure: str | None = None
+    loss: float | None = None
+    trial_lr: float | None = None
+    trial_loss: float | None = None
+    vectors: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+
+def measure(
+    optimizer: torch.optim.Optimizer,
+    closure: Closure | None = None,
+    *,
+    bound: str = "momentum",
+    curvature: str = "hessian",
+    hvp: str = "auto",
+    tol: float = 1e-3,
+    max_matvecs: int = 500,
+    seed: int = 0,
+) -> Measurement:
+    """Measures, once and with nothing changed, how large an lr the optimizer could take now.
+
+    With `D_i = (2 / c) (lr_g / lr_ref) / p_i` the limit under the default bound is
+
+        lr_limit = 2 / lambda_max(D^1/2 H D^1/2 + diag((lr_g / lr_ref) wd_g))
+
+    where P is that of a step taken on the measured batch itself and c comes from the optimizer's update rule at its
+    coming step. Parameters, gradients, buffers, modes and random streams are left as they were, bit for bit.
+
+    Args:
+        optimizer: A torch optimizer; its state, hyper-parameters and groups are read.
+        closure: Returns the scalar loss with its graph; no `backward()`. It is evaluated once.
+        bound: Which of `limits` becomes `lr_limit`: `momentum`, `coherence` or `lemma1`.
+        curvature: `hessian`.
+        hvp: `auto` or `exact`.
+        tol: Relative residual of the eigenvalues.
+        max_matvecs: Largest number of products, over all eigenvalues.
+        seed: Seed of the start vectors.
+
+    Returns:
+        A `Measurement` with all three limits. Where the loss or the curvature is not finite, or nowhere positive, its
+        `failure` says so.
+
+    Raises:
+        TypeError: No closure, or one that breaks its contract (`ClosureError`), or an optimizer that is not known.
+        ValueError: A choice that does not exist, a tolerance out of range, or no parameter that requires grad.
+
+    Example:
+        >>> x = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+        >>> found = measure(torch.optim.SGD([x], lr=0.1, momentum=0.9), lambda: (x ** 2 @ torch.tensor([2.0, 0.5])))
+        >>> round(found.lambda_max, 4), round(found.limits["coherence"], 4)      # H = diag(4, 1), P = 1
+        (4.0, 0.5)
+
+    References:
+        The source paper, Eq. 16-17, 20-21, 23.
+    """
+    if closure is None:
+        raise TypeError(
+            "measure() needs a closure that returns the loss: measure(optimizer, lambda: criterion(model(x), y))"
+        )
+    settings = Settings(bound, curvature, hvp, tol, max_matvecs)
+    lrs = [float(group["lr"]) for group in optimizer.param_groups]
+    initial = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+    moving = movers(optimizer, shares(lrs, initial)[1])
+    if not moving:
+        raise ValueError("no parameter of the optimizer requires grad in a group with lr > 0: nothing can be measured")
+    for mover in moving:
+        mover.grad = None  # a one-shot measurement is about the closure's batch, whatever gradients lie around
+    return measure_step(moving, closure, settings, seed=seed, also=BOUNDS)
+
+
+def measure_step(
+    moving: Sequence[Mover],
+    closure: Closure,
+    settings: Settings,
+    *,
+    seed: int = 0,
+    also: Collection[str] = (),
+    warm: dict[str, Tensor] | None = None,
+    try_lr: Callable[[Measurement], float | None] | None = None,
+) -> Measurement:
+    """Measures the coming step of the given movers; the engine behind `measure` and the scheduler.
+
+    Args:
+        moving: The parameters that may move. A mover's `grad` (the training gradient) forms P where it is set, the
+            closure's own gradient where it is None.
+        closure: Returns the loss.
+        settings: What and how.
+        seed: Seed of the start vectors.
+        also: Bounds to solve for beside the chosen one (those that come free are always there).
+        warm: Eigenvectors of an earlier measurement, by name.
+        try_lr: Given the finished measurement, the lr (in units of lr_ref) to try on the batch, or None for no trial.
+    """
+    started = time.perf_counter()
+    found = Measurement(bound=settings.bound, curvature=settings.curvature)
+    with leave_no_trace([m.param for m in moving]) as untouched:
+        loss = untouched.loss(closure)
+        found = replace(found, loss=float(loss.detach()), cost=COST_OF_GRAPH)
+        try:
+            if not math.isfinite(found.loss or 0.0):
+                raise MeasurementFailed(f"the loss is {found.loss}")
+            problem = Eigenproblem(
+                moving,
+                exact_hessian(loss, [m.param for m in moving]),
+                tol=settings.tol,
+                max_matvecs=settings.max_matvecs,
+                cautious=settings.cautious,
+                seed=seed,
+                warm=warm or {},
+            )
+            del loss
+            found = replace(found, **problem.solve(settings.bound, also), num_matvecs=problem.num_matvecs)
+            found = replace(found, cost=COST_OF_GRAPH + COST_OF_PRODUCT * problem.num_matvecs)
+            lr = try_lr(found) if try_lr is not None else None
+            if lr is not None:
+                trial_loss = untouched.loss_after(closure, problem.coming_steps(lr))
+                found = replace(found, trial_lr=lr, trial_loss=trial_loss, cost=found.cost + COST_OF_TRIAL)
+        except MeasurementFailed as failed:
+            found = replace(found, failure=str(failed), num_matvecs=failed.num_matvecs)
+            found = replace(found, cost=COST_OF_GRAPH + COST_OF_PRODUCT * failed.num_matvecs)
+    return replace(found, seconds=time.perf_counter() - started)

@@ -1,0 +1,227 @@
+"""From a measurement to a learning rate: pure functions of numbers.
+
+The rule is `lr = min(desired lr, cap)` with `cap = margin * lr_limit`. The functions here say how the cap follows the
+limit, how the margin learns, when to measure, and when something looks wrong. They hold no state and see no tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+MARGIN_START = 0.5
+"""Where the learned margin starts: a real run goes up to .1-1 of the limit with Adam, above 1 with RMSprop."""
+
+MARGIN_MIN = 0.05
+"""Below a twentieth of the limit the curvature is not what makes steps fail; cutting further only starves the run."""
+
+MARGIN_UP = 1.15
+"""Growth of the margin at a good trial: a good one is weak evidence. 1.6 let RMSprop's margin run away."""
+
+MARGIN_DOWN = 1.5
+"""Cut of the margin at a bad trial: lower at once, raise slowly."""
+
+BINDING = 0.9
+"""The cap counts as what holds lr back from this fraction of it on."""
+
+FREE_UPDATES = 10
+"""Updates in which the cap follows each measurement freely, 1 / (1 - b1) at the usual b1 = .9: until then the limit of
+the coming step itself rises tenfold, and no earlier cap is worth holding on to."""
+
+RESERVE = 0.25
+"""Part of `credit` kept for alarms, so that routine measurements early in a run cannot spend what a spike will need."""
+
+ALARM_AFTER = 10
+"""Gradient norms to have seen before one can look wrong."""
+
+ALARM_MEMORY = 0.95
+"""Decay of the running mean and variance of log gradient norms: the last ~20 updates."""
+
+ALARM_DEVIATIONS = 4.0
+"""How many standard deviations above the mean log norm is wrong, and at least ..."""
+
+ALARM_FACTOR = 3.0
+"""... this many times the (geometric) mean norm: a steady run has deviations too small to mean anything."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The policy's settings. Checked when made.
+
+    Attributes:
+        margin: A number in (0, 1], kept strictly, or "auto": learned inside [MARGIN_MIN, margin_max].
+        margin_max: Largest learned margin; 1 never leaves the linearly stable region.
+        trial_slack: The trial step is the coming step lengthened by `1 / trial_slack`; in (0, 1].
+        growth: Largest factor by which the cap rises in one update; at least 1.
+        max_overhead: Gradient evaluations spent on measuring per update, in the long run.
+        credit: Gradient evaluations that may be spent on top of that.
+
+    Raises:
+        ValueError: A number out of its range.
+    """
+
+    margin: float | str = "auto"
+    margin_max: float = 8.0
+    trial_slack: float = 0.5
+    growth: float = 1.02
+    max_overhead: float = 0.05
+    credit: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.margin != "auto" and not (
+            isinstance(self.margin, (int, float)) and not isinstance(self.margin, bool) and 0 < self.margin <= 1
+        ):
+            raise ValueError(
+                f'margin must be a number in (0, 1], the fraction of the stability limit to use, or "auto"; '
+                f"got {self.margin!r}"
+            )
+        for name, ok, allowed in (
+            ("margin_max", self.margin_max >= MARGIN_MIN, f"at least {MARGIN_MIN}"),
+            ("trial_slack", 0 < self.trial_slack <= 1, "in (0, 1]"),
+            ("growth", self.growth >= 1, "at least 1 (1.02 lets the cap rise by 2 % an update)"),
+            ("max_overhead", self.max_overhead >= 0, "at least 0 (gradient evaluations an update)"),
+            ("credit", self.credit >= 0, "at least 0 (gradient evaluations)"),
+        ):
+            if not ok:
+                raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
+
+    @property
+    def learns(self) -> bool:
+        """Whether the margin is learned."""
+        return self.margin == "auto"
+
+    @property
+    def first_margin(self) -> float:
+        """The margin before anything was learned."""
+        return min(MARGIN_START, self.margin_max) if self.margin == "auto" else float(self.margin)
+
+
+def next_cap(cap: float | None, target: float, growth: float, *, free: bool) -> float:
+    """Returns the cap of the coming update: down to the target at once, up by at most `growth`.
+
+    Only the cap's rise is limited, never the schedule's: a schedule below the cap keeps its own lr to the bit.
+
+    Args:
+        cap: The cap so far, None before the first measurement.
+        target: margin * lr_limit of the last measurement.
+        growth: Largest factor of a rise.
+        free: Whether the run is young enough for the cap to follow freely.
+
+    Example:
+        >>> next_cap(0.1, 0.05, 1.02, free=False), next_cap(0.1, 1.0, 1.02, free=False)
+        (0.05, 0.10200000000000001)
+        >>> next_cap(None, 1.0, 1.02, free=False)
+        1.0
+    """
+    return target if cap is None or free else min(target, cap * growth)
+
+
+def learned_margin(
+    margin: float,
+    *,
+    planned: float,
+    desired: float,
+    lr_limit: float,
+    trial_failed: bool,
+    alarm: bool,
+    margin_max: float,
+) -> float:
+    """Returns the margin after one trial step.
+
+    If the lengthened step would raise the batch's loss, or a spike was seen, the margin falls below what was planned;
+    if it is fine and the cap is what holds lr back, the margin grows a little; else it stays.
+
+    Args:
+        margin: The margin so far.
+        planned: The lr of the coming step under that margin.
+        desired: The lr that the schedule asks for.
+        lr_limit: The measured limit.
+        trial_failed: Whether the loss would rise or be not finite.
+        alarm: Whether the gradients looked wrong.
+        margin_max: Largest margin.
+
+    Example:
+        >>> learned_margin(0.6, planned=0.6, desired=9.0, lr_limit=1.0, trial_failed=True, alarm=False, margin_max=8)
+        0.39999999999999997
+        >>> learned_margin(0.6, planned=0.3, desired=0.3, lr_limit=1.0, trial_failed=False, alarm=False, margin_max=8)
+        0.6
+    """
+    if trial_failed or alarm:
+        used = planned / lr_limit if planned > 0 else margin
+        return min(margin, max(MARGIN_MIN, min(margin, used) / MARGIN_DOWN))
+    if planned < desired and planned >= BINDING * margin * lr_limit:
+        return max(margin, min(margin_max, margin * MARGIN_UP))
+    return margin
+
+
+def next_gap(gap: int, *, alarm: bool, trial_failed: bool) -> int:
+    """Returns the updates until the next routine measurement.
+
+    1 after an alarm, half as many as before after a failed trial, else twice as many.
+
+    The budget (`affordable`) is what stretches the gaps in the long run; doubling spends the credit early, where the
+    curvature moves fastest.
+
+    Example:
+        >>> next_gap(8, alarm=False, trial_failed=False), next_gap(8, alarm=False, trial_failed=True)
+        (16, 4)
+    """
+    if alarm:
+        return 1
+    return max(1, gap // 2) if trial_failed else 2 * gap
+
+
+def affordable(policy: Policy, *, updates: int, spent: float, alarm: bool) -> float:
+    """Returns the gradient evaluations that a measurement may cost now; counts, never clocks, so that runs repeat.
+
+        spent <= credit + max_overhead * updates
+
+    Routine measurements leave RESERVE of the credit to alarms.
+
+    Example:
+        >>> affordable(Policy(max_overhead=0.05, credit=60), updates=200, spent=30, alarm=True)
+        40.0
+    """
+    credit = policy.credit if alarm else (1 - RESERVE) * policy.credit
+    return credit + policy.max_overhead * updates - spent
+
+
+@dataclass(frozen=True)
+class NormTrend:
+    """Running mean and variance of log gradient norms: what a usual gradient looks like.
+
+    Attributes:
+        mean: Mean of log norms.
+        variance: Their variance.
+        count: Norms seen.
+    """
+
+    mean: float = 0.0
+    variance: float = 0.0
+    count: int = 0
+
+    def alarming(self, norm: float) -> bool:
+        """Whether a gradient norm is out of all proportion, or not finite."""
+        if not math.isfinite(norm):
+            return True
+        if self.count < ALARM_AFTER or norm <= 0:
+            return False
+        return math.log(norm) > self.mean + max(ALARM_DEVIATIONS * math.sqrt(self.variance), math.log(ALARM_FACTOR))
+
+    def after(self, norm: float) -> NormTrend:
+        """Returns the trend with one more norm in it.
+
+        Example:
+            >>> trend = NormTrend()
+            >>> for _ in range(20):
+            ...     trend = trend.after(1.0)
+            >>> trend.alarming(2.0), trend.alarming(4.0)
+            (False, True)
+        """
+        if not math.isfinite(norm) or norm <= 0:
+            return self
+        keep = min(ALARM_MEMORY, self.count / (self.count + 1))
+        deviation = math.log(norm) - self.mean
+        return NormTrend(
+            self.mean + (1 - keep) * deviation, keep * (self.variance + (1 - keep) * deviation**2), self.count + 1
+        )

@@ -1,0 +1,146 @@
+"""Desired and applied learning rates: who wrote what into `param_groups`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from safe_lr.eigenproblem import shares
+
+DRIFT = 1.1
+"""A group's share of lr_ref may grow by this factor before the measured limit counts as outdated."""
+
+
+class Rates:
+    """The lr that each group should have (`desired`) and the one it has.
+
+    A cap that is written into `group["lr"]` leaks into every schedule that computes the next lr from the present one.
+    So what we wrote is remembered: a group that still holds it gets its desired lr back before anyone reads it; a group
+    that holds something else was written by someone else, and that is the new desired lr. A group that was never capped
+    is never written.
+
+    Args:
+        optimizer: The optimizer whose groups these are. Groups may be added later.
+
+    Attributes:
+        desired: The lr of each group that the schedule, or the user, asks for.
+        shares: Each group's desired lr in units of the largest, as of the last measurement.
+
+    Example:
+        >>> import torch
+        >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        >>> rates = Rates(optimizer)
+        >>> _ = rates.measured()
+        >>> rates.apply(0.25), optimizer.param_groups[0]["lr"]
+        (False, 0.25)
+        >>> rates.give_back()
+        >>> optimizer.param_groups[0]["lr"]
+        1.0
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.desired = [float(group["lr"]) for group in optimizer.param_groups]
+        self.shares: list[float] = []
+        self._written: list[float | None] = [None] * len(self.desired)
+
+    @property
+    def reference(self) -> int:
+        """The group with the largest desired lr, which decisions speak of."""
+        return max(range(len(self.desired)), key=self.desired.__getitem__)
+
+    @property
+    def lr_ref(self) -> float:
+        """The largest desired lr, the unit of limits and caps."""
+        return max(self.desired)
+
+    @property
+    def applied(self) -> list[float]:
+        """The lr that each group holds now."""
+        return [float(group["lr"]) for group in self.optimizer.param_groups]
+
+    @property
+    def capped(self) -> bool:
+        """Whether some group holds an lr below its desired one."""
+        return any(w is not None and w < d for w, d in zip(self._written, self.desired, strict=True))
+
+    def read(self) -> None:
+        """Takes over lrs that someone else wrote, and groups that were added."""
+        for index, lr in enumerate(self.applied):
+            if index >= len(self.desired):
+                self.desired.append(lr)
+                self._written.append(None)
+            elif self._written[index] is None or lr != self._written[index]:
+                self.desired[index], self._written[index] = lr, None
+
+    def give_back(self) -> None:
+        """Puts the desired lr back wherever a group still holds what we wrote."""
+        self.read()
+        for index, group in enumerate(self.optimizer.param_groups):
+            if self._written[index] is not None:
+                _write(group, self.desired[index])
+                self._written[index] = None
+
+    def measured(self) -> list[float]:
+        """Returns the shares of a measurement that is about to be made, and remembers them."""
+        self.shares = self._shares()
+        return self.shares
+
+    def apply(self, cap: float | None) -> bool:
+        """Writes `desired * scale`, one scale for all groups; writes nothing where the cap does not bind.
+
+        No group's lr comes above the share of the cap that was measured for it. That stays safe where shares have
+        changed since, because lambda_max of D^1/2 H D^1/2 only grows with D. A group that had no share is not held to a
+        limit that did not count it.
+
+        Args:
+            cap: Largest allowed lr_ref, None for no cap.
+
+        Returns:
+            Whether the shares have drifted so far from those measured that a new measurement is due.
+        """
+        known = [(lr, share) for lr, share in zip(self.desired, self.shares, strict=False) if lr > 0 and share > 0]
+        scale = 1.0 if cap is None or not known else min(1.0, *(cap * share / lr for lr, share in known))
+        for index, group in enumerate(self.optimizer.param_groups):
+            if scale < 1:
+                _write(group, self.desired[index] * scale)
+                self._written[index] = float(group["lr"])
+            elif self._written[index] is not None:
+                _write(group, self.desired[index])
+                self._written[index] = None
+        now = self._shares()
+        return cap is not None and (
+            len(now) != len(self.shares) or any(new > DRIFT * old for new, old in zip(now, self.shares, strict=True))
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns plain lists of numbers."""
+        return {"desired": list(self.desired), "shares": list(self.shares), "written": list(self._written)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores `state_dict()`.
+
+        Raises:
+            ValueError: The optimizer has fewer or more groups than were saved.
+        """
+        groups = len(self.optimizer.param_groups)
+        if len(state["desired"]) != groups:
+            raise ValueError(
+                f"this state was saved with {len(state['desired'])} parameter groups, the optimizer has {groups}; add "
+                "the missing groups before load_state_dict()"
+            )
+        self.desired, self.shares = list(state["desired"]), list(state["shares"])
+        self._written = list(state["written"])
+
+    def _shares(self) -> list[float]:
+        groups = self.optimizer.param_groups
+        return shares(self.desired, [float(group.get("initial_lr", group["lr"])) for group in groups])[1]
+
+
+def _write(group: dict[str, Any], lr: float) -> None:
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(lr)  # compiled and captured optimizers hold on to this very tensor
+    else:
+        group["lr"] = lr

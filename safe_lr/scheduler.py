@@ -1,0 +1,296 @@
+"""`CoherenceScheduler`: a drop-in for a learning-rate scheduler that keeps lr below the stability limit."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ConstantLR, LRScheduler, ReduceLROnPlateau
+
+from safe_lr.closures import Closure
+from safe_lr.decisions import Decision, Summary
+from safe_lr.guard import CoherenceGuard
+from safe_lr.loggers import Logger
+from safe_lr.measurement import Measurement
+
+Schedule = Callable[[Optimizer], LRScheduler] | LRScheduler | None
+
+
+class CoherenceScheduler(LRScheduler):
+    """A torch scheduler whose lr stays below the edge of stability.
+
+        lr = min(desired lr, cap),    cap = margin * lr_limit
+
+    The desired lr is that of any torch schedule inside; the limit is measured from time to time, just before an update,
+    on the batch that was observed. While nothing is capped every lr is torch's, to the bit, and no cap ever leaks into
+    a schedule that computes its next lr from the present one.
+
+        scheduler = CoherenceScheduler(optimizer, schedule=lambda opt: CosineAnnealingLR(opt, T_max=steps))
+        for x, y in loader:
+            loss = criterion(model(x), y)
+            loss.backward()
+            scheduler.observe(lambda: criterion(model(x), y))
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+
+    Args:
+        optimizer: SGD, Adagrad, RMSprop, Adam, AdamW, or one that was registered.
+        schedule: Makes the desired schedule, or is one made on this optimizer; None keeps the optimizer's own lr.
+        bound: `momentum` (c / gamma, exact with momentum), `coherence` (2 / gamma) or `lemma1` (2 p_min / lambda_max,
+            the source paper's worst case, usually a hundred times too small for Adam).
+        margin: The fraction of the limit that may be used: a number in (0, 1] kept strictly, or "auto", learned by
+            trial steps on the measured batch (a margin above 1 is recorded as `beyond_linear_limit`).
+        margin_max: Largest learned margin; 1 never leaves the linearly stable region.
+        trial_slack: A trial step is the coming step lengthened by `1 / trial_slack`.
+        growth: Largest factor by which the cap (never the schedule) rises in one update.
+        curvature: `hessian`.
+        hvp: `auto` or `exact`.
+        probe: A fixed closure to measure on, instead of the observed batches.
+        tol: Relative residual at which the eigen-solver stops. Limits use `value + residual`.
+        warm_start: Start from the last eigenvector, which then is part of `state_dict`.
+        max_matvecs: Largest number of Hessian-vector products for one measurement.
+        max_overhead: Gradient evaluations spent on measuring per update, in the long run ...
+        credit: ... beside this many, spent early and on alarms. Counts, not clocks: runs repeat bit for bit.
+        lambda_every: Every how many measurements lambda_max itself is solved for (gamma always is).
+        on_failure: `hold` the last cap and record why, or `raise`.
+        loggers: "auto" (W&B if a run is active), a `Logger`, several, or None.
+        log_path: Where to write the record of decisions (JSON lines), if anywhere.
+        seed: Seed of the eigen-solver's start vectors.
+
+    Raises:
+        TypeError: Not an optimizer, one that is not known (the message says how to register it), or a schedule of
+            another optimizer.
+        ValueError: A choice that does not exist, a number out of range, nothing that requires grad.
+
+    Example:
+        >>> import torch
+        >>> x = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+        >>> curvature = torch.tensor([2.0, 0.5])                               # H = diag(4, 1): lr_limit = 2 / 4
+        >>> optimizer = torch.optim.SGD([x], lr=100.0)
+        >>> scheduler = CoherenceScheduler(optimizer, margin=0.5)
+        >>> for _ in range(50):
+        ...     loss = (x**2 * curvature).sum()
+        ...     loss.backward()
+        ...     scheduler.observe(lambda: (x**2 * curvature).sum())
+        ...     _ = optimizer.step()
+        ...     scheduler.step()
+        ...     optimizer.zero_grad()
+        >>> [round(lr, 3) for lr in scheduler.get_last_lr()], scheduler.get_desired_lr(), bool(loss < 1e-6)
+        ([0.25], [100.0], True)
+
+    References:
+        The source paper, "Extending stability analysis to adaptive optimization algorithms using loss surface
+        geometry", Eq. 16-17, 20-21, 23.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        schedule: Schedule = None,
+        *,
+        bound: str = "momentum",
+        margin: float | str = "auto",
+        margin_max: float = 8.0,
+        trial_slack: float = 0.5,
+        growth: float = 1.02,
+        curvature: str = "hessian",
+        hvp: str = "auto",
+        probe: Closure | None = None,
+        tol: float = 0.1,
+        warm_start: bool = True,
+        max_matvecs: int = 30,
+        max_overhead: float = 0.05,
+        credit: float = 60.0,
+        lambda_every: int = 4,
+        on_failure: str = "hold",
+        loggers: str | Logger | Sequence[Logger] | None = "auto",
+        log_path: str | Path | None = None,
+        seed: int = 0,
+    ) -> None:
+        # torch's own __init__ is not called: it would step, and keep an epoch count beside the inner schedule's.
+        self._guard = CoherenceGuard(
+            optimizer,
+            bound=bound,
+            margin=margin,
+            margin_max=margin_max,
+            trial_slack=trial_slack,
+            growth=growth,
+            curvature=curvature,
+            hvp=hvp,
+            probe=probe,
+            tol=tol,
+            warm_start=warm_start,
+            max_matvecs=max_matvecs,
+            max_overhead=max_overhead,
+            credit=credit,
+            lambda_every=lambda_every,
+            on_failure=on_failure,
+            loggers=loggers,
+            log_path=log_path,
+            seed=seed,
+            restore=False,
+        )
+        self.optimizer = optimizer
+        self._schedule = _made(schedule, optimizer)
+        self._guard.rates.read()
+
+    # ---- measuring
+
+    def observe(self, closure: Closure) -> None:
+        """Stores a closure for the coming update: returns the current batch's loss, with its graph, no `backward()`.
+
+        Evaluated only when a measurement is due; dropped when the update is over.
+        """
+        self._guard.observe(closure)
+
+    def measure(self, closure: Closure | None = None) -> Measurement:
+        """Measures now, with all three limits, and changes nothing; see `safe_lr.measure`."""
+        return self._guard.measure(closure)
+
+    @property
+    def due(self) -> bool:
+        """Whether the coming update will measure; an alarm can make one that is not due do so too."""
+        return self._guard.due
+
+    @property
+    def history(self) -> deque[Decision]:
+        """The decisions so far, the newest last; the last 10,000 are kept."""
+        return self._guard.history
+
+    @property
+    def last_decision(self) -> Decision | None:
+        """The newest decision, None before the first."""
+        return self._guard.last_decision
+
+    @property
+    def last_measurement(self) -> Measurement | None:
+        """The newest measurement, None before the first."""
+        return self._guard.last_measurement
+
+    def summary(self) -> Summary:
+        """Returns the run so far in a dozen numbers; `print` it for a sentence."""
+        return self._guard.summary()
+
+    def close(self) -> None:
+        """Detaches from the optimizer, gives it its desired lr back, closes the loggers. Safe to call twice."""
+        self._guard.close()
+
+    # ---- being a torch scheduler
+
+    def step(self, metrics: Any = None) -> None:
+        """Advances the schedule inside by one; call it after `optimizer.step()`, or once an epoch, as its schedule
+        wants.
+
+        Args:
+            metrics: What a ReduceLROnPlateau inside watches; nothing else takes it.
+
+        Raises:
+            TypeError: `metrics` with another schedule, or none with a ReduceLROnPlateau.
+        """
+        plateau = isinstance(self._schedule, ReduceLROnPlateau)
+        if plateau != (metrics is not None):
+            inner = type(self._schedule).__name__
+            raise TypeError(
+                "the schedule inside is a ReduceLROnPlateau: call step(metrics), with the validation loss"
+                if plateau
+                else f"step() takes no argument with {inner} inside, got {metrics!r}: metrics are for "
+                "ReduceLROnPlateau, and an epoch is not needed"
+            )
+        with self._desired():
+            self._schedule.step(metrics) if plateau else self._schedule.step()
+
+    def get_last_lr(self) -> list[float | Tensor]:
+        """Returns the applied lr of each group (a copy where it is a tensor)."""
+        return [lr.clone() if isinstance(lr := group["lr"], Tensor) else lr for group in self.optimizer.param_groups]
+
+    def get_desired_lr(self) -> list[float]:
+        """Returns the lr of each group that the schedule asks for."""
+        self._guard.rates.read()
+        return list(self._guard.rates.desired)
+
+    def get_lr(self) -> list[float | Tensor]:
+        """Returns the schedule's own next lr; torch's schedulers call it, users want `get_last_lr`."""
+        return self._schedule.get_lr()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the schedule's state and ours: numbers, lists and tensors, loadable with `weights_only=True`."""
+        return {"schedule": self._schedule.state_dict(), "guard": self._guard.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores `state_dict()`; the optimizer's own state dict is loaded separately, before or after.
+
+        Raises:
+            ValueError: The state is not a `CoherenceScheduler`'s, or has another number of parameter groups.
+        """
+        missing = {"schedule", "guard"} - state_dict.keys()
+        if missing:
+            raise ValueError(
+                f"this is not a CoherenceScheduler's state: {', '.join(sorted(missing))} missing. To go on from a "
+                "plain schedule's checkpoint, load it into that schedule and pass it as schedule=."
+            )
+        self._guard.load_state_dict(state_dict["guard"])
+        self._schedule.load_state_dict(state_dict["schedule"])
+
+    # SequentialLR and ChainedScheduler reach into these.
+
+    @property
+    def last_epoch(self) -> int:
+        """The inner schedule's count."""
+        return self._schedule.last_epoch
+
+    @last_epoch.setter
+    def last_epoch(self, value: int) -> None:
+        self._schedule.last_epoch = value
+
+    def _initial_step(self) -> None:
+        with self._desired():
+            self._schedule._initial_step()
+
+    def _update_lr(self, epoch: int | None = None) -> None:
+        with self._desired():
+            self._schedule._update_lr(epoch)
+
+    def _desired(self) -> _Desired:
+        return _Desired(self._guard)
+
+    def __getattr__(self, name: str) -> Any:
+        # Anything else that torch or a trainer reads off a scheduler (base_lrs, T_max, ...) is the schedule's.
+        schedule = self.__dict__.get("_schedule")
+        if schedule is None:
+            raise AttributeError(name)
+        return getattr(schedule, name)
+
+
+class _Desired:
+    """Lets the schedule see its own lrs; on the way out takes over what it wrote and applies the cap."""
+
+    def __init__(self, guard: CoherenceGuard) -> None:
+        self.guard = guard
+
+    def __enter__(self) -> None:
+        self.guard.rates.give_back()
+
+    def __exit__(self, *error: object) -> None:
+        self.guard.rates.read()
+        self.guard.apply()
+
+
+def _made(schedule: Schedule, optimizer: Optimizer) -> LRScheduler:
+    if schedule is None:
+        return ConstantLR(optimizer, factor=1.0, total_iters=0)
+    made = schedule if isinstance(schedule, LRScheduler) else schedule(optimizer) if callable(schedule) else None
+    if not isinstance(made, LRScheduler):
+        raise TypeError(
+            "schedule must be a torch scheduler or make one, schedule=lambda opt: CosineAnnealingLR(opt, T_max=1000); "
+            f"got {type(schedule if made is None else made).__name__}"
+        )
+    if getattr(made, "optimizer", None) is not optimizer:
+        raise TypeError(
+            "the schedule belongs to another optimizer; make it on this one: schedule=lambda opt: StepLR(opt, 30)"
+        )
+    return made
