@@ -25,12 +25,11 @@ class Preconditioner(ABC):
 
     With g the descent gradient (sign of `maximize` and L2 decay folded in), the coming step is
 
-        average' = decay * average + (1 - decay) * g
-        x'       = x - lr * ((from_average * average' + from_gradient * g) / P + weight_decay * x)
+        x' = x - lr * (direction / P + weight_decay * x)
 
-    Subclasses say what P, the rule's three numbers and the average are; `coming_step` follows, and is tested equal to
-    the real `optimizer.step()`. `updates` is the number of the coming update (1 for the first) as counted by the
-    scheduler, for optimizers that keep no count of their own; None where nobody counted.
+    Subclasses say what P, the direction and the update rule are; `coming_step` follows, and is tested equal to the real
+    `optimizer.step()`. `updates` is the number of the coming update (1 for the first) as counted by the scheduler, for
+    optimizers that keep no count of their own; None where nobody counted.
     """
 
     decoupled: ClassVar[bool] = False
@@ -44,9 +43,9 @@ class Preconditioner(ABC):
     def rule(self, group: Group, state: State, updates: int | None = None) -> UpdateRule:
         """Returns the update rule of the coming step, bias correction and early average included."""
 
-    def average(self, group: Group, state: State, p: Tensor, updates: int | None = None) -> Tensor | None:
-        """Returns the normalised average of past gradients (weights summing to 1), None where there is none."""
-        return None
+    @abstractmethod
+    def direction(self, group: Group, state: State, g: Tensor, updates: int | None = None) -> Tensor:
+        """Returns what the coming step divides by P: the gradient, averaged as the optimizer averages."""
 
     def floor(self, group: Group) -> float | None:
         """Returns P's entry where every gradient so far was exactly zero; None where P does not depend on gradients."""
@@ -69,14 +68,7 @@ class Preconditioner(ABC):
     ) -> Tensor:
         """Returns the change of `param` in the step that the optimizer is about to make with this gradient and lr."""
         g = self.descent_gradient(group, param, grad)
-        p = self.diagonal(group, state, g)
-        rule = self.rule(group, state, updates)
-        direction = rule.from_gradient * g
-        if rule.from_average:
-            average = self.average(group, state, p, updates)
-            fresh = g if average is None else rule.decay * average + (1 - rule.decay) * g
-            direction = direction + rule.from_average * fresh
-        step = direction / p
+        step = self.direction(group, state, g, updates) / self.diagonal(group, state, g)
         _, decoupled = self.decay(group)
         return -lr * (step.add(param.detach(), alpha=decoupled) if decoupled else step)
 
@@ -142,34 +134,33 @@ class SGD(Preconditioner):
     def diagonal(self, group: Group, state: State, g: Tensor) -> Tensor:
         return torch.ones((), dtype=g.dtype, device=g.device)
 
+    def direction(self, group: Group, state: State, g: Tensor, updates: int | None = None) -> Tensor:
+        mu, buffer = float(group["momentum"]), state.get("momentum_buffer")
+        if mu == 0:
+            return g
+        average: Tensor = g if buffer is None else (mu * buffer).add_(g, alpha=1 - float(group["dampening"]))
+        return g.add(average, alpha=mu) if group["nesterov"] else average
+
     def rule(self, group: Group, state: State, updates: int | None = None) -> UpdateRule:
-        mu = float(group["momentum"])
+        mu, fresh = float(group["momentum"]), 1 - float(group["dampening"])
         if mu == 0:
             return UpdateRule()
-        before, now = self._weights(group, state, updates)
-        decay = mu * before / now if now else 0.0
+        t = 1 if state.get("momentum_buffer") is None else math.inf if updates is None else updates
+        if mu >= 1:
+            raise ValueError(f"momentum {mu:g} never forgets: a limit is known below 1 only")
+        first = mu ** (t - 1)  # the weight of the first gradient, which enters the buffer undampened
+        weight = first + fresh * (1 - first) / (1 - mu)
+        # An average in which the first gradient weighs that much is as young as a bias-corrected one that gives it the
+        # same weight; without dampening that is t itself.
+        share = first / weight * mu / (1 - mu)
+        age = math.log(share / (1 + share)) / math.log(mu) if share > 0 else math.inf
+        decay = warm_decay(mu, max(1.0, age))
+        # While that gradient dominates, it pushes x for 1 / (1 - mu) updates with 1 / fresh times its due; 2.5 keeps the
+        # swing below 4-fold (momenta up to .99, any dampening).
+        weight *= max(1.0, first / weight / (2.5 * fresh)) if fresh else 1.0
         if group["nesterov"]:
-            return UpdateRule(decay, from_average=mu * now, from_gradient=1.0)
-        return UpdateRule(decay, from_average=now, from_gradient=0.0)
-
-    def average(self, group: Group, state: State, p: Tensor, updates: int | None = None) -> Tensor | None:
-        buffer = state.get("momentum_buffer")
-        if not isinstance(buffer, Tensor):
-            return None
-        before, _ = self._weights(group, state, updates)
-        return buffer / before
-
-    def _weights(self, group: Group, state: State, updates: int | None) -> tuple[float, float]:
-        """Sum of the buffer's weights before and after the coming update; settled where nobody counted the updates."""
-        mu, fresh = float(group["momentum"]), 1 - float(group["dampening"])
-        if not isinstance(state.get("momentum_buffer"), Tensor):
-            return 0.0, 1.0
-        if updates is None and mu >= 1:
-            raise ValueError(f"momentum {mu:g} never forgets: the limit is known below 1 only")
-        past = math.inf if updates is None else updates - 1
-        kept = mu ** (past - 1)
-        before = kept + (fresh * (past - 1) if mu == 1 else fresh * (1 - kept) / (1 - mu))
-        return before, mu * before + fresh
+            return UpdateRule(decay, from_average=mu * weight, from_gradient=1.0)
+        return UpdateRule(decay, from_average=weight, from_gradient=0.0)
 
 
 class Adagrad(Preconditioner):
@@ -177,6 +168,9 @@ class Adagrad(Preconditioner):
 
     def diagonal(self, group: Group, state: State, g: Tensor) -> Tensor:
         return _second_moment(state, "sum", 1.0, 1.0, g).sqrt().add_(group["eps"])
+
+    def direction(self, group: Group, state: State, g: Tensor, updates: int | None = None) -> Tensor:
+        return g / (1 + (_coming(state) - 1) * float(group["lr_decay"]))
 
     def rule(self, group: Group, state: State, updates: int | None = None) -> UpdateRule:
         return UpdateRule(from_gradient=1 / (1 + (_coming(state) - 1) * float(group["lr_decay"])))
@@ -200,18 +194,17 @@ class RMSprop(Preconditioner):
             v = v.addcmul(mean, mean, value=-1).clamp_(min=0)
         return v.sqrt_().add_(group["eps"])
 
+    def direction(self, group: Group, state: State, g: Tensor, updates: int | None = None) -> Tensor:
+        mu, buffer = float(group["momentum"]), state.get("momentum_buffer")
+        if mu == 0 or buffer is None:
+            return g
+        return g.addcmul(buffer, self.diagonal(group, state, g), value=mu)  # the buffer holds preconditioned gradients
+
     def rule(self, group: Group, state: State, updates: int | None = None) -> UpdateRule:
         mu, t = float(group["momentum"]), _coming(state)
         if mu == 0:
             return UpdateRule()
         return UpdateRule(warm_decay(mu, t), from_average=(1 - mu**t) / (1 - mu), from_gradient=0.0)
-
-    def average(self, group: Group, state: State, p: Tensor, updates: int | None = None) -> Tensor | None:
-        mu, past = float(group["momentum"]), _coming(state) - 1
-        if mu == 0 or past == 0:
-            return None
-        buffer: Tensor = state["momentum_buffer"]  # in units of the preconditioned gradient
-        return p * buffer * ((1 - mu) / (1 - mu**past))
 
     def floor(self, group: Group) -> float | None:
         return float(group["eps"])
@@ -234,12 +227,9 @@ class Adam(Preconditioner):
     def rule(self, group: Group, state: State, updates: int | None = None) -> UpdateRule:
         return UpdateRule(warm_decay(float(group["betas"][0]), _coming(state)), from_average=1.0, from_gradient=0.0)
 
-    def average(self, group: Group, state: State, p: Tensor, updates: int | None = None) -> Tensor | None:
-        b1, past = float(group["betas"][0]), _coming(state) - 1
-        if past == 0:
-            return None
-        average: Tensor = state["exp_avg"]
-        return average / (1 - b1**past)
+    def direction(self, group: Group, state: State, g: Tensor, updates: int | None = None) -> Tensor:
+        b1 = float(group["betas"][0])
+        return _decayed(state, "exp_avg", b1, g).add_(g, alpha=1 - b1).div_(1 - b1 ** _coming(state))
 
     def floor(self, group: Group) -> float | None:
         return float(group["eps"])
