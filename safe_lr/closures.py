@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -90,8 +92,14 @@ def _write_back(tensor: Tensor | None, value: Tensor) -> None:
 class Untouched:
     """What `leave_no_trace` yields: evaluates closures and trial steps, always from the same random state."""
 
-    def __init__(self, params: Sequence[Tensor], values: Sequence[Tensor], rng: RandomState) -> None:
-        self._params, self._values, self._rng = params, values, rng
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        values: Sequence[Tensor],
+        rng: RandomState,
+        remember: Callable[[nn.Module], None],
+    ) -> None:
+        self._params, self._values, self._rng, self._remember = params, values, rng, remember
 
     def loss(self, closure: Closure) -> Tensor:
         """Returns the closure's loss, with its graph, from the random state at entry.
@@ -100,8 +108,9 @@ class Untouched:
             ClosureError: It called `backward()`, or returned something other than one real number with a graph.
         """
         self._rng.restore()
-        with torch.enable_grad():
-            loss = closure()
+        for module in modules_in(closure):
+            self._remember(module)
+        loss = closure()
         if any(p.grad is not None for p in self._params):
             raise ClosureError(
                 "the closure called backward(); it must only return the loss, with its graph: "
@@ -133,20 +142,39 @@ class Untouched:
                 _write_back(parameter, value)
 
 
+def modules_in(closure: Callable[..., object]) -> list[nn.Module]:
+    """Returns the modules that a closure names: among its free variables, the globals it uses, what it is bound to.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> modules_in(lambda: model(torch.ones(2)))
+        [Linear(in_features=2, out_features=1, bias=True)]
+    """
+    found: list[object] = [closure, getattr(closure, "__self__", None)]
+    if isinstance(closure, functools.partial):
+        found += [*closure.args, *closure.keywords.values()]
+        closure = closure.func
+    if inspect.isfunction(closure) or inspect.ismethod(closure):
+        names = inspect.getclosurevars(closure)
+        found += [*names.nonlocals.values(), *names.globals.values()]
+    return [item for item in found if isinstance(item, nn.Module)]
+
+
 @contextlib.contextmanager
 def leave_no_trace(params: Sequence[Tensor]) -> Iterator[Untouched]:
     """Lets closures be evaluated inside, and puts everything back, bit for bit, also when one raises in the middle.
 
-    Put back are the parameters, their `.grad` (the very same tensors) and `requires_grad`; of every module that is
-    called inside: buffers (BatchNorm's statistics), attributes (train/eval mode, hidden states and caches kept on
-    `self`), gradients; and the global random streams of Python, NumPy and torch. Modules are found by a forward
-    pre-hook, so the model need not be named. In effect:
+    Put back are the parameters, their `.grad` (the very same tensors) and `requires_grad`; of every module that a
+    closure names or calls: buffers (BatchNorm's statistics), attributes (train/eval mode, hidden states and caches kept
+    on `self`), gradients; and the global random streams of Python, NumPy and torch. Modules are found in the closure's
+    variables and by a forward pre-hook, so the model need not be handed over. In effect:
 
         before = snapshot(); [p.grad = None for p in params]
         try: yield
         finally: restore(before)
 
-    Scaled-dot-product attention runs on its math kernel inside, the only one that can be differentiated twice.
+    Gradients are recorded inside, whatever the mode outside; scaled-dot-product attention runs on its math kernel, the
+    only one that can be differentiated twice.
 
     Out of reach: generator objects and iterators that the closure itself advances (a data loader's, say): draw the
     batch outside and let the closure use it.
@@ -169,15 +197,15 @@ def leave_no_trace(params: Sequence[Tensor]) -> Iterator[Untouched]:
     held = [_ParameterState(p) for p in params]
     modules: dict[nn.Module, _ModuleState] = {}
 
-    def remember(module: nn.Module, args: object) -> None:
+    def remember(module: nn.Module, args: object = None) -> None:
         for child in module.modules():
             if child not in modules:
                 modules[child] = _ModuleState(child)
 
     handle = register_module_forward_pre_hook(remember)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield Untouched(params, values, rng)
+        with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            yield Untouched(params, values, rng, remember)
     finally:
         handle.remove()
         for parameter, value in zip(params, values, strict=True):

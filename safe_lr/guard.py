@@ -21,8 +21,25 @@ from safe_lr.decisions import Action, Decision, Summary
 from safe_lr.eigenproblem import MeasurementFailed, movers
 from safe_lr.loggers import Logger, is_stop_request, resolve
 from safe_lr.loggers.broadcast import Broadcast
-from safe_lr.measurement import Measurement, Settings, measure, measure_step
-from safe_lr.policies import FREE_UPDATES, NormTrend, Policy, affordable, learned_margin, next_cap, next_gap
+from safe_lr.measurement import (
+    COST_OF_GRAPH,
+    COST_OF_LOSS,
+    Measurement,
+    Settings,
+    measure,
+    measure_step,
+    try_step,
+)
+from safe_lr.policies import (
+    FREE_UPDATES,
+    NormTrend,
+    Policy,
+    affordable,
+    learned_margin,
+    next_cap,
+    next_gap,
+    next_trial_gap,
+)
 from safe_lr.preconditioners import decays, preconditioner_of
 from safe_lr.rates import Rates
 
@@ -46,7 +63,9 @@ class State:
     cap: float | None = None
     flip: float = 2.0  # the update rule's c when `figures["lr_limit"]` was measured
     due_at: int = 0
-    gap: int = 1
+    gap: int = 0  # updates between routine measurements; 0 before the first
+    trial_at: int = 0
+    trial_gap: int = 2
     expected_cost: float = FIRST_COST
     trend: NormTrend = field(default_factory=NormTrend)
     measurements: int = 0
@@ -294,8 +313,17 @@ class CoherenceGuard:
             )
         if state.cap is not None:
             self._follow_rule()
+            if self._observed is not None and self._trial_due():
+                self._try(self._observed)
+                return
             state.cap = self._cap_under(state.figures["lr_limit"])
         self.apply()
+
+    def _trial_due(self) -> bool:
+        state = self._state
+        binding = state.cap is not None and self.rates.lr_ref > state.cap
+        wanted = self.policy.learns and self._probe is None and state.updates >= state.trial_at
+        return binding and wanted and self._affordable(alarm=False) >= 2 * COST_OF_LOSS
 
     def _follow_rule(self) -> None:
         """Carries the limit over to the coming step: gamma stays until it is measured again, c is known at each."""
@@ -339,6 +367,26 @@ class CoherenceGuard:
 
     # ---- measuring and deciding
 
+    def _try(self, closure: Closure) -> None:
+        """Between measurements, while the cap binds: lets a trial step alone move the learned margin."""
+        state, limit = self._state, self._state.figures["lr_limit"]
+        try:
+            moving = movers(self.optimizer, self.rates.measured(), state.updates + 1 if state.young else None)
+            found = try_step(moving, closure, self._planned(limit) / self.policy.trial_slack)
+        except Exception as error:  # noqa: BLE001 (raised again or recorded)
+            found = self._excused(error)
+        self._count(found)
+        found = replace(found, lr_limit=limit)
+        failed, moved = self._learn(found, None)
+        state.trial_gap = next_trial_gap(state.trial_gap, failed=failed, max_overhead=self.policy.max_overhead)
+        state.trial_at = state.updates + state.trial_gap
+        state.cap = self._cap_under(limit)
+        self.apply()
+        if moved is not None or found.failure is not None:
+            action: Action = "margin" if moved is not None else "hold"
+            lr = self.rates.applied[self.rates.reference]
+            self._record(action, moved or f"{found.failure}; the cap {state.cap:.3g} stays", found, lr, lr)
+
     def _affordable(self, alarm: bool) -> float:
         return affordable(self.policy, updates=self._state.updates, spent=self._state.cost, alarm=alarm)
 
@@ -362,21 +410,28 @@ class CoherenceGuard:
             )
             if found.failure is not None and self._on_failure == "raise":
                 raise MeasurementFailed(found.failure, found.num_matvecs)
-        except Exception as error:
-            if self._on_failure == "raise" or is_stop_request(error):
-                raise
-            first_line = next(iter(str(error).splitlines()), "")
-            found = Measurement(bound=self.settings.bound, failure=f"{type(error).__name__}: {first_line}", cost=1.0)
-            self._warn_once(
-                "failure", f"safe_lr could not measure ({found.failure}); training goes on under the last cap."
-            )
+        except Exception as error:  # noqa: BLE001 (raised again or recorded)
+            found = self._excused(error)
         state.measurements += 1
+        self._count(found)
+        self.last_measurement = replace(found, vectors={})
+        return found
+
+    def _excused(self, error: Exception) -> Measurement:
+        """Turns an error into a failed measurement, unless the user wants it raised or it asks training to stop."""
+        if self._on_failure == "raise" or is_stop_request(error):
+            raise error
+        first_line = next(iter(str(error).splitlines()), "")
+        failure = f"{type(error).__name__}: {first_line}"
+        self._warn_once("failure", f"safe_lr could not measure ({failure}); training goes on under the last cap.")
+        return Measurement(bound=self.settings.bound, failure=failure, cost=COST_OF_GRAPH)
+
+    def _count(self, found: Measurement) -> None:
+        state = self._state
         state.failures += found.failure is not None
         state.num_matvecs += found.num_matvecs
         state.cost += found.cost
         state.seconds += found.seconds
-        self.last_measurement = replace(found, vectors={})
-        return found
 
     def _planned(self, lr_limit: float) -> float:
         """The lr of the coming step under the present margin, in units of lr_ref."""
@@ -395,26 +450,30 @@ class CoherenceGuard:
         """Turns a measurement into a margin, a cap and applied lrs; `jump` says what looked wrong, if anything did."""
         state, group = self._state, self.rates.reference
         before = self.rates.applied[group]
-        trial_failed = False
+        failed, moved = False, None
         if found.failure is None:
             self._vectors = found.vectors if self._warm_start else {}
             state.expected_cost = max(FIRST_COST, found.cost)
-            trial_failed = self._learn(found, jump)
+            failed, moved = self._learn(found, jump)
             state.cap = self._cap_under(found.lr_limit)
             state.flip = self._flip()
             state.figures.update({k: v for k in FIGURES if (v := getattr(found, k)) is not None})
-        state.gap = next_gap(state.gap, alarm=jump is not None, trial_failed=trial_failed)
+        first = state.gap == 0
+        state.gap = next_gap(state.gap, alarm=first or jump is not None, trial_failed=failed)
         state.due_at = state.updates + state.gap
+        state.trial_at = state.updates + state.trial_gap
         self.apply()
         after = self.rates.applied[group]
         if found.failure is None:
             state.worst_utilisation = max(after / found.lr_limit, state.worst_utilisation or 0.0)
         self._record(*self._reason(found, before, after), found, before, after)
+        if moved is not None:
+            self._record("margin", moved, replace(found, num_matvecs=0, cost=0.0, seconds=0.0), after, after)
 
-    def _learn(self, found: Measurement, jump: str | None) -> bool:
-        """Moves the learned margin after a trial step; returns whether the trial failed."""
+    def _learn(self, found: Measurement, jump: str | None) -> tuple[bool, str | None]:
+        """Moves the learned margin after a trial step; returns whether the trial failed, and what moved the margin."""
         if found.trial_loss is None or found.trial_lr is None or found.loss is None:
-            return False
+            return False, None
         failed = not (math.isfinite(found.trial_loss) and found.trial_loss <= found.loss)
         old = self._state.margin
         self._state.margin = learned_margin(
@@ -426,14 +485,13 @@ class CoherenceGuard:
             alarm=jump is not None,
             margin_max=self.policy.margin_max,
         )
-        if self._state.margin != old:
-            tried = (
-                f"a step of lr {found.trial_lr:.3g} would move the batch's loss from {found.loss:.4g} to "
-                f"{found.trial_loss:.4g}"
-            )
-            lr = self.rates.applied[self.rates.reference]
-            self._record("margin", f"margin {old:.3g} -> {self._state.margin:.3g}: {jump or tried}", found, lr, lr)
-        return failed
+        if self._state.margin == old:
+            return failed, None
+        why = jump or (
+            f"a step of lr {found.trial_lr:.3g} would move the batch's loss from {found.loss:.4g} to "
+            f"{found.trial_loss:.4g}"
+        )
+        return failed, f"margin {old:.3g} -> {self._state.margin:.3g}: {why}"
 
     def _reason(self, found: Measurement, before: float, after: float) -> tuple[Action, str]:
         state = self._state
@@ -456,7 +514,7 @@ class CoherenceGuard:
     def _record(self, action: Action, reason: str, found: Measurement, before: float, after: float) -> None:
         state, group = self._state, self.rates.reference
         beta1, beta2 = decays(self.optimizer.param_groups[group])
-        good = found.failure is None
+        good = found.failure is None and math.isfinite(found.lr_limit)
         decision = Decision(
             step=state.updates,
             group=group,
@@ -477,8 +535,8 @@ class CoherenceGuard:
             p_min=found.p_min,
             p_min_all=found.p_min_all,
             p_eff=found.p_eff,
-            residual=found.residual if good else None,
-            converged=found.converged if good else None,
+            residual=found.residual if found.gamma is not None else None,
+            converged=found.converged if found.gamma is not None else None,
             num_matvecs=found.num_matvecs,
             cost=found.cost,
             seconds=found.seconds,

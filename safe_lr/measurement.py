@@ -20,7 +20,7 @@ HVPS = ("auto", "exact")
 # In gradient evaluations, medians of four networks from an MLP to a 5 M transformer (docs/performance.md).
 COST_OF_GRAPH = 1.0
 COST_OF_PRODUCT = 2.0
-COST_OF_TRIAL = 1 / 3
+COST_OF_LOSS = 1 / 3
 
 
 @dataclass(frozen=True)
@@ -214,8 +214,28 @@ def measure_step(
             lr = try_lr(found) if try_lr is not None else None
             if lr is not None:
                 trial_loss = untouched.loss_after(closure, problem.coming_steps(lr))
-                found = replace(found, trial_lr=lr, trial_loss=trial_loss, cost=found.cost + COST_OF_TRIAL)
+                found = replace(found, trial_lr=lr, trial_loss=trial_loss, cost=found.cost + COST_OF_LOSS)
         except MeasurementFailed as failed:
             found = replace(found, failure=str(failed), num_matvecs=failed.num_matvecs)
             found = replace(found, cost=COST_OF_GRAPH + COST_OF_PRODUCT * failed.num_matvecs)
     return replace(found, seconds=time.perf_counter() - started)
+
+
+def try_step(moving: Sequence[Mover], closure: Closure, lr: float) -> Measurement:
+    """Tries the coming step at lr on the closure's batch, without any curvature: two forward passes.
+
+    Args:
+        moving: The parameters that may move, with their training gradients.
+        closure: Returns the loss.
+        lr: In units of lr_ref.
+
+    Returns:
+        A `Measurement` that holds `loss`, `trial_lr` and `trial_loss` alone.
+    """
+    started = time.perf_counter()
+    with leave_no_trace([m.param for m in moving]) as untouched:
+        steps = [None if m.grad is None else m.coming_step(m.grad, lr) for m in moving]
+        loss = float(untouched.loss(closure).detach())
+        tried = untouched.loss_after(closure, steps)
+    seconds = time.perf_counter() - started
+    return Measurement(loss=loss, trial_lr=lr, trial_loss=tried, cost=2 * COST_OF_LOSS, seconds=seconds)

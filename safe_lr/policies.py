@@ -31,6 +31,15 @@ the coming step itself rises tenfold, and no earlier cap is worth holding on to.
 RESERVE = 0.25
 """Part of `credit` kept for alarms, so that routine measurements early in a run cannot spend what a spike will need."""
 
+GAP_FIRST = 4
+"""Updates between the first two routine measurements; meanwhile trial steps and the update rule move the cap."""
+
+GAP_FACTOR = 3
+"""Growth of that gap: measurements at 0, 4, 16, 52, 160 spend the usual credit just as `max_overhead` takes over."""
+
+TRIAL_PART = 0.5
+"""Part of `max_overhead` that trial steps between measurements may take in the long run."""
+
 ALARM_AFTER = 10
 """Gradient norms to have seen before one can look wrong."""
 
@@ -157,18 +166,33 @@ def learned_margin(
 def next_gap(gap: int, *, alarm: bool, trial_failed: bool) -> int:
     """Returns the updates until the next routine measurement.
 
-    1 after an alarm, half as many as before after a failed trial, else twice as many.
+    GAP_FIRST after an alarm, as many as before after a failed trial, else GAP_FACTOR times as many.
 
-    The budget (`affordable`) is what stretches the gaps in the long run; doubling spends the credit early, where the
-    curvature moves fastest.
+    The budget (`affordable`) is what sets the gaps in the long run; growing ones spend the credit early, where the
+    curvature moves fastest, and spread it over all scales of time.
 
     Example:
-        >>> next_gap(8, alarm=False, trial_failed=False), next_gap(8, alarm=False, trial_failed=True)
-        (16, 4)
+        >>> next_gap(12, alarm=False, trial_failed=False), next_gap(12, alarm=True, trial_failed=False)
+        (36, 4)
     """
     if alarm:
-        return 1
-    return max(1, gap // 2) if trial_failed else 2 * gap
+        return GAP_FIRST
+    return gap if trial_failed else GAP_FACTOR * gap
+
+
+def next_trial_gap(gap: int, *, failed: bool, max_overhead: float) -> int:
+    """Returns the updates until the next trial step on its own, while the cap is what holds lr back.
+
+    A trial costs two forward passes, a tenth of a measurement, and carries the margin over changes of the limit between
+    measurements. Its gap grows by a quarter, or halves after a failure, up to where trials take TRIAL_PART of
+    `max_overhead`.
+
+    Example:
+        >>> next_trial_gap(8, failed=False, max_overhead=0.05), next_trial_gap(8, failed=True, max_overhead=0.05)
+        (10, 4)
+    """
+    longest = math.ceil(2 / 3 / (TRIAL_PART * max_overhead)) if max_overhead > 0 else 1_000
+    return max(2, gap // 2) if failed else min(longest, math.ceil(1.25 * gap))
 
 
 def affordable(policy: Policy, *, updates: int, spent: float, alarm: bool) -> float:

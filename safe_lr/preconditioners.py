@@ -155,8 +155,8 @@ class SGD(Preconditioner):
         share = first / weight * mu / (1 - mu)
         age = math.log(share / (1 + share)) / math.log(mu) if share > 0 else math.inf
         decay = warm_decay(mu, max(1.0, age))
-        # While that gradient dominates, it pushes x for 1 / (1 - mu) updates with 1 / fresh times its due; 2.5 keeps the
-        # swing below 4-fold (momenta up to .99, any dampening).
+        # While that gradient dominates, it pushes x for 1 / (1 - mu) updates with 1 / fresh times its due; 2.5 keeps
+        # the swing below 4-fold (momenta up to .99, any dampening).
         weight *= max(1.0, first / weight / (2.5 * fresh)) if fresh else 1.0
         if group["nesterov"]:
             return UpdateRule(decay, from_average=mu * weight, from_gradient=1.0)

@@ -128,8 +128,8 @@ def _story(found: Facts) -> list[str]:
     sentences.append(_margin_sentence(found))
     if found.measurements:
         sentences.append(
-            f"Measuring curvature took {_cost(found)} gradient evaluations in {_count(found.measurements, 'step')},"
-            f" {number(found.cost / found.steps)} per step of the run."
+            f"Curvature was measured {_count(found.measurements, 'time')}; with the trial steps that cost"
+            f" {_cost(found)} gradient evaluations, {number(found.cost / found.steps)} per step of the run."
         )
     else:
         sentences.append("No measurement is on record.")

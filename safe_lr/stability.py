@@ -28,8 +28,8 @@ Array = npt.NDArray[np.float64]
 class UpdateRule:
     """How an optimizer turns gradients into a direction: the numbers that decide its stability.
 
-    The average is normalised (its weights sum to 1), so that the rule of a *young* optimizer differs from that of an old
-    one only in `decay`, see `warm_decay`: at the first update the average is the gradient itself (`decay` 0, c = 2).
+    The average is normalised (its weights sum to 1), so that the rule of a *young* optimizer differs from that of an
+    old one only in `decay`, see `warm_decay`: at the first update the average is the gradient itself (decay 0, c = 2).
     Taking the old optimizer's limit from step 0 on instead amplifies a quadratic up to 19-fold with momentum .9 and
     39-fold with .95; with the rule of the coming step, following the limit at margin 1 stays below 2.5-fold.
 

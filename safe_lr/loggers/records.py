@@ -1,0 +1,180 @@
+"""Reads a run's record back: what `JsonlLogger` wrote, also where the run was killed or resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safe_lr.decisions import ACTIONS, Decision
+
+Row = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Records:
+    """The contents of one record file.
+
+    Where a run was resumed from a checkpoint, or started anew, into the same file, the steps that were taken again
+    count once, as they were taken last.
+
+    Attributes:
+        runs: One dict for each time that a run started or resumed, with `version` and `config`, oldest first.
+        decisions: The decisions, in order.
+        rows: The `step` rows, in order; figures that were not known at a step are missing from its row.
+        summary: The summary of the last run, None if it did not end in order.
+        unreadable: Lines that are cut off or are not ours.
+        superseded: Decisions and rows left out because a later run took their steps again.
+        name: The file's name, for headings.
+    """
+
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    decisions: list[Decision] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    summary: dict[str, Any] | None = None
+    unreadable: int = 0
+    superseded: int = 0
+    name: str = ""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer updates seen, counted from the first to the last step on record.
+
+        Example:
+            >>> Records(rows=[{"step": 0, "lr": 0.1}, {"step": 40, "lr": 0.1}]).steps
+            41
+        """
+        seen = [int(row["step"]) for row in self.rows[:1] + self.rows[-1:]]
+        seen += [decision.step for decision in self.decisions[:1] + self.decisions[-1:]]
+        return max(seen) - min(seen) + 1 if seen else 0
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> Records:
+    """Reads a record file, whole or truncated.
+
+    Lines that cannot be read are counted, not raised on: a killed run may leave half a line, and several programs may
+    have written to one file.
+
+    Args:
+        path: A file written by `JsonlLogger`.
+
+    Returns:
+        What is whole in it.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: There is no safe_lr record in it.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "decisions.jsonl"
+        >>> _ = path.write_text('{"kind":"run","config":{}}\\n{"kind":"step","step":0,"lr":0.1}\\n{"kind":"st')
+        >>> records = read_jsonl(path)
+        >>> len(records.rows), records.unreadable
+        (1, 1)
+    """
+    reader = _Reader()
+    with open(path, "rb") as file:
+        for line in file:
+            if line.strip():
+                reader.feed(line)
+    if not (reader.runs or reader.decisions or reader.rows):
+        found = f"{reader.unreadable} lines of something else" if reader.unreadable else "nothing"
+        message = f"{os.fspath(path)} holds {found}, not a safe_lr record"
+        raise ValueError(f"{message}: give the file that log_path= or JsonlLogger(...) named")
+    return reader.records(Path(path).name)
+
+
+class _Reader:
+    """Takes lines one by one and keeps what is whole."""
+
+    def __init__(self) -> None:
+        self.runs: list[dict[str, Any]] = []
+        self.decisions: list[Decision] = []
+        self.rows: list[Row] = []
+        self.summary: dict[str, Any] | None = None
+        self.unreadable = 0
+        self.superseded = 0
+        self._resumes = False
+
+    def records(self, name: str) -> Records:
+        return Records(self.runs, self.decisions, self.rows, self.summary, self.unreadable, self.superseded, name=name)
+
+    def feed(self, line: bytes) -> None:
+        try:
+            self._take(json.loads(line))
+        except (ValueError, KeyError, TypeError, AttributeError):  # cut off, not ours, or from a later version
+            self.unreadable += 1
+
+    def _take(self, record: dict[str, Any]) -> None:
+        match record.pop("kind"):
+            case "run":
+                self._take_run(record)
+            case "decision":
+                self._take_decision(record)
+            case "step":
+                self._take_step(record)
+            case "summary":
+                self.summary = dict(record["summary"])
+            case kind:
+                raise ValueError(f"kind {kind!r}")
+
+    def _take_run(self, record: dict[str, Any]) -> None:
+        config = record.get("config")
+        self.runs.append({"version": str(record.get("version", "unknown")), "config": dict(config or {})})
+        self.summary = None
+        self._resumes = True
+
+    def _take_decision(self, record: dict[str, Any]) -> None:
+        decision = _decision(record)
+        self._supersede(decision.step)
+        self.decisions.append(decision)
+
+    def _take_step(self, record: dict[str, Any]) -> None:
+        row = {name: value for name, value in record.items() if _is_number(value)}
+        self._supersede(int(row["step"]))
+        self.rows.append(row)
+
+    def _supersede(self, step: int) -> None:
+        """Drops what earlier runs did from `step` on, at the first record of a run that takes those steps again."""
+        if not self._resumes:
+            return
+        self._resumes = False
+        before = len(self.decisions) + len(self.rows)
+        self.decisions = [decision for decision in self.decisions if decision.step < step]
+        self.rows = [row for row in self.rows if row["step"] < step]
+        self.superseded += before - len(self.decisions) - len(self.rows)
+
+
+def _decision(record: dict[str, Any]) -> Decision:
+    """Builds the decision; fields of later versions are left out, a required number that was not finite is NaN."""
+    values = {name: value for name, value in record.items() if name in _TYPES}
+    for name, value in values.items():
+        if value is None and _TYPES[name] == "float":
+            values[name] = math.nan
+        elif value is not None and not _READS[_TYPES[name]](value):
+            raise ValueError(f"{name} is {value!r}")
+    return Decision(**values)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+_TYPES = {item.name: str(item.type) for item in dataclasses.fields(Decision)}
+_READS: dict[str, Callable[[Any], bool]] = {
+    "int": lambda value: type(value) is int,
+    "float": _is_number,
+    "float | None": _is_number,
+    "bool": lambda value: isinstance(value, bool),
+    "bool | None": lambda value: isinstance(value, bool),
+    "str": lambda value: isinstance(value, str),
+    "str | None": lambda value: isinstance(value, str),
+    "Action": lambda value: value in ACTIONS,
+    "dict[str, float] | None": lambda value: isinstance(value, dict),
+}
