@@ -57,7 +57,7 @@ FREEZE_BETA = 1 - 1e-12
 
 
 def frozen(case: Case, x: Tensor, lr: float) -> Optimizer:
-    """Returns the case's optimizer on x with decays of the second moment so close to 1 that gradients do not move it."""
+    """Returns the case's optimizer on x, its second moment's decay so close to 1 that no gradient moves it."""
     options = dict(case.options)
     if case.make in (Adam, AdamW):
         options["betas"] = (options.get("betas", (0.9, 0.999))[0], FREEZE_BETA)

@@ -76,10 +76,12 @@ CLOSURES: dict[str, Callable[[nn.Module, Tensor, Tensor], Any]] = {
     "detached": lambda model, tokens, y: F.mse_loss(model(tokens), y).detach(),
     "backward": lambda model, tokens, y: F.mse_loss(model(tokens), y).backward(),
     "changes mode": lambda model, tokens, y: F.mse_loss(model.eval()(tokens), y),
-    "freezes": lambda model, tokens, y: F.mse_loss(model(tokens), y)
-    + sum(p.requires_grad_(False).sum() * 0 for p in model.out.parameters()),
-    "moves parameters": lambda model, tokens, y: F.mse_loss(model(tokens), y)
-    + 0 * model.out.weight.data.mul_(1.5).sum(),
+    "freezes": lambda model, tokens, y: (
+        F.mse_loss(model(tokens), y) + sum(p.requires_grad_(False).sum() * 0 for p in model.out.parameters())
+    ),
+    "moves parameters": lambda model, tokens, y: (
+        F.mse_loss(model(tokens), y) + 0 * model.out.weight.data.mul_(1.5).sum()
+    ),
     "nan": lambda model, tokens, y: F.mse_loss(model(tokens), y) * torch.nan,
 }
 
@@ -138,7 +140,8 @@ def test_bad_closures_are_named(closure: Callable[[Tensor], Any], message: str) 
 
 def test_a_one_element_loss_of_any_shape_will_do() -> None:
     w = nn.Parameter(torch.ones(3))
-    assert safe_lr.measure(torch.optim.SGD([w], lr=0.1), lambda: w.square().sum()[None, None]).gamma == pytest.approx(2.0)
+    found = safe_lr.measure(torch.optim.SGD([w], lr=0.1), lambda: w.square().sum()[None, None])
+    assert found.gamma == pytest.approx(2.0)
 
 
 def test_every_evaluation_sees_the_same_random_state() -> None:

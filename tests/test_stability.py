@@ -14,7 +14,13 @@ from safe_lr.preconditioners import preconditioner_of
 from safe_lr.stability import UpdateRule, lr_limit, spectral_radius, transition_matrix, warm_decay
 from tests.cases import CASES, Case, freeze, frozen, preconditioner, quadratic
 
-RULES = [UpdateRule(), UpdateRule(0.9, 1.0, 0.0), UpdateRule(0.9, 10.0, 0.0), UpdateRule(0.9, 9.0, 1.0), UpdateRule(0.5, 1.0, 0.3)]
+RULES = [
+    UpdateRule(),
+    UpdateRule(0.9, 1.0, 0.0),
+    UpdateRule(0.9, 10.0, 0.0),
+    UpdateRule(0.9, 9.0, 1.0),
+    UpdateRule(0.5, 1.0, 0.3),
+]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
@@ -71,7 +77,7 @@ def test_real_optimizer_turns_unstable_at_the_measured_limit(case: Case) -> None
         return sign * 0.5 * x @ h @ x
 
     def growth(lr: float) -> float:
-        """Log growth of the parameters and momenta over the second half of the run; rescaled all along, it is linear."""
+        """Log growth of parameters and momenta over the second half of the run; rescaled all along: it is linear."""
         fresh = frozen(case, x, lr)
         x.data.fill_(1.0)
         total = 0.0
@@ -96,7 +102,7 @@ def test_real_optimizer_turns_unstable_at_the_measured_limit(case: Case) -> None
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_nothing_is_amplified_fourfold_from_step_zero_at_margin_one(case: Case) -> None:
-    """Following the limit of each coming step on a frozen quadratic, from a fresh optimizer, along every eigenvector."""
+    """Following the limit of each coming step on a frozen quadratic, from a fresh optimizer, along all eigenvectors."""
     lam = torch.cat([torch.linspace(0.01, 1, 40), 1 - torch.logspace(-6, -2, 10)]).double()
     p = torch.full_like(lam, 1e8 if case.make is torch.optim.Adagrad else 1.0)
     sign = -1.0 if case.options.get("maximize") else 1.0

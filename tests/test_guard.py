@@ -1,0 +1,269 @@
+"""The guard on real optimizers: what is protected, what it costs, what it leaves alone, and what happens when it fails."""
+
+from __future__ import annotations
+
+import gc
+import random
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
+
+from safe_lr import CoherenceGuard, Decision
+from safe_lr.policies import FREE_UPDATES, MARGIN_MIN
+from tests.cases import Case
+
+CAP = 0.25  # of a Bowl at margin .5: half of 2 / 4
+
+
+class Bowl:
+    """loss = scale * (4 a^2 + b^2) / 2 under a guard; `inside` is the lr that each update was made with."""
+
+    def __init__(self, case: Case = Case(SGD), lr: float = 100.0, **options: Any) -> None:  # noqa: B008
+        self.x = nn.Parameter(torch.ones(2, dtype=torch.float64))
+        self.scale = 1.0
+        self.optimizer = case.optimizer([self.x], lr)
+        self.guard = CoherenceGuard(self.optimizer, **{"loggers": None, "margin": 0.5, **options})
+        self.inside: list[float] = []
+        self.optimizer.register_step_pre_hook(lambda o, a, k: self.inside.append(o.param_groups[0]["lr"]))
+
+    def loss(self) -> Tensor:
+        return self.scale * (self.x**2 @ torch.tensor([2.0, 0.5], dtype=torch.float64))
+
+    def backward(self) -> Tensor:
+        self.optimizer.zero_grad()
+        loss = self.loss()
+        loss.backward()
+        return loss
+
+    def run(self, steps: int = 1, observed: Callable[[], Any] | None = None) -> Bowl:
+        for _ in range(steps):
+            self.backward()
+            self.guard.observe(observed or self.loss)
+            self.optimizer.step()
+        return self
+
+
+class Net:
+    """A small network with BatchNorm and dropout on a stream of random batches, guarded unless told otherwise."""
+
+    def __init__(self, case: Case, lr: float, guarded: bool = True, **options: Any) -> None:
+        torch.manual_seed(1), random.seed(1), np.random.seed(1)
+        self.model = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Dropout(0.2), nn.Linear(12, 3))
+        self.optimizer = case.optimizer(self.model.parameters(), lr)
+        self.guard = CoherenceGuard(self.optimizer, loggers=None, **options) if guarded else None
+
+    def step(self) -> None:
+        x, y = torch.randn(16, 6), torch.randint(3, (16,))
+        x = x * (1 + 0.01 * random.random() + 0.01 * np.random.rand())
+
+        def loss() -> Tensor:
+            return nn.functional.cross_entropy(self.model(x + 0.01 * random.random() * np.random.rand()), y)
+
+        self.optimizer.zero_grad()
+        loss().backward()
+        if self.guard is not None:
+            self.guard.observe(loss)
+        self.optimizer.step()
+
+    def fingerprint(self) -> list[Any]:
+        tensors = [*self.model.state_dict().values(), torch.get_rng_state()]
+        numpy = np.random.get_state()
+        return [*[t.tolist() for t in tensors], random.getstate(), numpy[1].tolist(), numpy[2]]
+
+
+NETS = [Case(SGD), Case(SGD, {"momentum": 0.9}), Case(Adam), Case(AdamW, {"weight_decay": 0.1}), Case(RMSprop),
+        Case(Adagrad)]  # fmt: skip
+
+
+# ---- the cap
+
+
+@pytest.mark.parametrize("margin", [0.1, 0.8, 1.0])
+@pytest.mark.parametrize("case", [Case(SGD), Case(SGD, {"momentum": 0.9}), Case(SGD, {"weight_decay": 0.5})], ids=str)
+def test_a_fixed_margin_is_kept_from_the_first_update_on(case: Case, margin: float) -> None:
+    bowl = Bowl(case, margin=margin, tol=1e-3)
+    bowl.run()
+    first = bowl.guard.last_decision
+    limit = 2 / (4 + case.options.get("weight_decay", 0))  # no average has settled yet: c = 2
+    assert first.action == "cap" and first.step == 0 and first.lr_desired == first.lr_before == 100
+    assert bowl.inside == [first.lr_after] == [margin * first.lr_limit]
+    assert first.lr_limit == pytest.approx(limit, rel=2e-3)
+    bowl.run(40)
+    measured = list(bowl.guard.history)
+    assert len(measured) > 2 and all(d.lr_after <= margin * d.lr_limit * (1 + 1e-12) for d in measured)
+    assert all(bowl.inside[d.step] == d.lr_after for d in measured)
+    assert bowl.guard.summary().capped_steps == 41 and bowl.guard.summary().worst_utilisation <= margin * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("case", NETS, ids=str)
+def test_lemma1_is_kept_to_the_letter(case: Case) -> None:
+    net = Net(case, 10.0, bound="lemma1", margin=0.8, credit=200)
+    seen = 0
+    for _ in range(30):
+        net.step()
+        decision, found = net.guard.last_decision, net.guard.last_measurement
+        if decision.step == net.guard.summary().steps - 1:
+            seen += 1
+            decay = found.p_min_all * (case.options.get("weight_decay", 0) if case.make is AdamW else 0)
+            assert found.failure is None and decision.p_min_all == found.p_min_all
+            assert decision.lr_after <= 0.8 * 2 * found.p_min_all / (found.upper + decay) * (1 + 1e-6)
+    assert seen >= 3
+
+
+@pytest.mark.parametrize("growth", [1.0, 1.02, 1.3])
+def test_the_cap_rises_by_at_most_growth(growth: float) -> None:
+    bowl = Bowl(growth=growth, max_overhead=99)
+    for step in range(60):
+        bowl.scale = 1.0 if step < 20 else 0.01 if step < 50 else 3.0
+        bowl.guard._state.due_at = step  # measures at every update
+        bowl.run()
+    rises = [b / a for a, b in zip(bowl.inside[FREE_UPDATES:], bowl.inside[FREE_UPDATES + 1 :], strict=False)]
+    assert max(rises) == pytest.approx(growth) and max(rises) <= growth * (1 + 1e-12)
+    assert bowl.inside[-1] == pytest.approx(CAP / 3, rel=0.1)  # and falls at once
+
+
+def test_the_capped_lr_exists_only_inside_step() -> None:
+    bowl = Bowl()
+    for lr in (100.0, 0.1, 7.0):
+        bowl.optimizer.param_groups[0]["lr"] = lr
+        bowl.run()
+        assert bowl.optimizer.param_groups[0]["lr"] == lr
+    assert bowl.inside == [pytest.approx(CAP, rel=0.11), 0.1, pytest.approx(CAP, rel=0.11)]
+
+
+@pytest.mark.parametrize("case", NETS, ids=str)
+def test_an_uncapped_run_is_the_same_to_the_bit(case: Case) -> None:
+    plain, guarded = (Net(case, 1e-6, guarded=g) for g in (False, True))
+    prints = []
+    for net in (plain, guarded):
+        torch.manual_seed(2), random.seed(2), np.random.seed(2)
+        for _ in range(12):
+            net.step()
+        prints.append(net.fingerprint())
+    assert guarded.guard.summary().measurements >= 2 and guarded.guard.summary().capped_steps == 0
+    assert prints[0] == prints[1]
+
+
+# ---- the budget
+
+
+@pytest.mark.parametrize("options", [{}, {"credit": 12, "max_overhead": 0.3}, {"bound": "lemma1", "credit": 20},
+                                     {"credit": 0, "max_overhead": 0.2}, {"lambda_every": 1, "tol": 1e-6}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("case", [NETS[1], NETS[2], NETS[4]], ids=str)
+def test_the_budget_is_kept_after_every_step(case: Case, options: dict[str, Any]) -> None:
+    net = Net(case, 1.0, **options)
+    policy = net.guard.policy
+    for step in range(60):
+        if step in (25, 26, 40):
+            next(net.model.parameters()).data.mul_(30)  # for alarms, which may spend the reserve
+        net.step()
+        assert net.guard.summary().cost <= policy.credit + policy.max_overhead * (step + 1) + 1e-9
+    assert net.guard.summary().measurements > 0
+
+
+def test_identical_runs_decide_identically() -> None:
+    def decisions() -> list[Decision]:
+        net = Net(Case(Adam), 1.0)
+        for _ in range(40):
+            net.step()
+        return [replace(d, seconds=0.0) for d in net.guard.history]
+
+    assert decisions() == decisions()
+
+
+def test_a_jump_of_the_gradient_norm_measures_early() -> None:
+    bowl = Bowl(lr=1e-4, margin="auto").run(20)
+    before = bowl.guard.summary().measurements
+    assert not bowl.guard.due
+    bowl.scale = 100.0
+    bowl.run()
+    assert bowl.guard.summary().measurements == before + 1
+    margins = [d for d in bowl.guard.history if d.step == 20 and d.action == "margin"]
+    assert len(margins) == 1 and "gradient norm" in margins[0].reason
+    assert bowl.guard.history[-1].lr_limit == pytest.approx(2 / 400, rel=0.11)
+
+
+# ---- failures
+
+
+def _raise(error: Exception) -> Callable[[], Tensor]:
+    def closure() -> Tensor:
+        raise error
+
+    return closure
+
+
+def failing(bowl: Bowl) -> dict[str, Callable[[], Any]]:
+    return {
+        "the loss is nan": lambda: bowl.loss() * float("nan"),
+        "the loss is inf": lambda: bowl.loss() + float("inf"),
+        "not finite": lambda: (bowl.x**2).sum().pow(0.25) * 0 + (bowl.x - bowl.x.detach()).abs().sum().sqrt(),
+        "KeyError: 'y'": _raise(KeyError("y")),
+        "OutOfMemoryError: CUDA out of memory": _raise(torch.OutOfMemoryError("CUDA out of memory\nmore")),
+        "ClosureError: the closure must return the loss as a tensor, got float": lambda: 1.0,
+        "curves nowhere upwards": lambda: -bowl.loss(),
+    }
+
+
+@pytest.mark.parametrize("reason", failing(Bowl()))
+@pytest.mark.parametrize("good_steps", [0, 5])
+def test_a_failed_measurement_holds_the_last_cap(reason: str, good_steps: int) -> None:
+    bowl = Bowl(lr=0.3, tol=1e-3, max_overhead=10, credit=1000).run(good_steps)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        bowl.run(12, failing(bowl)[reason])
+    assert len(caught) <= 1 and all(w.category is RuntimeWarning for w in caught)
+    held = [d for d in bowl.guard.history if d.action == "hold"]
+    assert held and all(reason in d.reason and reason in d.failure and d.lr_limit is None for d in held)
+    assert bowl.guard.summary().failures == len(held) and bowl.guard.summary().steps == 12 + good_steps
+    expected = pytest.approx(CAP, rel=2e-3) if good_steps else 0.3
+    assert bowl.inside[good_steps:] == [expected] * 12
+    assert ("no cap yet" in held[0].reason) == (good_steps == 0)
+    bowl.guard._state.due_at = 0
+    assert bowl.run().guard.last_decision.action != "hold"  # and it recovers
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_gradient_that_is_not_finite_is_held(value: float) -> None:
+    bowl = Bowl(Case(Adam), lr=10.0).run(5)
+    cap, before = bowl.guard.summary().cap, bowl.guard.summary().measurements
+    bowl.backward()
+    bowl.x.grad[0] = value
+    bowl.guard.observe(bowl.loss)
+    bowl.optimizer.step()
+    assert bowl.guard.summary().measurements == before + 1 and bowl.guard.summary().cap == cap
+    assert bowl.guard.last_decision.action == "hold" and "gradient" in bowl.guard.last_decision.failure
+
+
+@pytest.mark.parametrize("reason", failing(Bowl()))
+def test_on_failure_raise(reason: str) -> None:
+    bowl = Bowl(on_failure="raise")
+    with pytest.raises(Exception) as error:  # noqa: PT011 (whatever the closure raised)
+        bowl.run(1, failing(bowl)[reason])
+    assert reason in f"{type(error.value).__name__}: {error.value}"
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_wandbs_stop_request_is_passed_on(steps: int) -> None:
+    bowl = Bowl(max_overhead=10, margin="auto").run(steps)
+    with pytest.raises(Exception) as error:  # noqa: PT011
+        bowl.run(5, _raise(Exception()))
+    assert type(error.value) is Exception and error.value.args == ()
+
+
+def test_without_observe_one_warning() -> None:
+    bowl = Bowl()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(5):
+            bowl.backward()
+            bowl.optimizer.step()
+    assert [w.category for w in caught] == [RuntimeWarning] and "observe(" in str(caught[0].message)
+    assert bowl.inside == [100.0] * 5 and bowl.guard.history == type(bowl.guard.history)()
