@@ -8,7 +8,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from safe_lr.accounts import FIGURES, FIRST_COST, State
 from safe_lr.closures import Closure
 from safe_lr.decisions import Action, Decision, Summary
 from safe_lr.eigenproblem import MeasurementFailed, movers
@@ -32,7 +33,6 @@ from safe_lr.measurement import (
 )
 from safe_lr.policies import (
     FREE_UPDATES,
-    NormTrend,
     Policy,
     affordable,
     learned_margin,
@@ -43,40 +43,8 @@ from safe_lr.policies import (
 from safe_lr.preconditioners import decays, preconditioner_of
 from safe_lr.rates import Rates
 
-FIRST_COST = 8.0
-"""Gradient evaluations that the first measurement is expected to need: a graph, three products, a trial."""
-
 HISTORY = 10_000
 """Decisions kept in memory."""
-
-FIGURES = ("lr_limit", "gamma", "lambda_max", "p_min", "p_eff")
-"""A measurement's figures that stay in force until the next one."""
-
-
-@dataclass
-class State:
-    """Everything that a resumed run must remember, as plain numbers."""
-
-    margin: float
-    updates: int = 0
-    young: bool | None = None  # whether the optimizer had no state before our first update
-    cap: float | None = None
-    flip: float = 2.0  # the update rule's c when `figures["lr_limit"]` was measured
-    due_at: int = 0
-    gap: int = 0  # updates between routine measurements; 0 before the first
-    trial_at: int = 0
-    trial_gap: int = 2
-    expected_cost: float = FIRST_COST
-    trend: NormTrend = field(default_factory=NormTrend)
-    measurements: int = 0
-    failures: int = 0
-    num_matvecs: int = 0
-    cost: float = 0.0
-    seconds: float = 0.0
-    capped_steps: int = 0
-    first_capped_step: int | None = None
-    worst_utilisation: float | None = None
-    figures: dict[str, float] = field(default_factory=dict)
 
 
 class CoherenceGuard:
@@ -204,35 +172,19 @@ class CoherenceGuard:
 
     def summary(self) -> Summary:
         """Returns the run so far in a dozen numbers; `print` it for a sentence."""
-        s = self._state
-        return Summary(
-            steps=s.updates,
-            measurements=s.measurements,
-            failures=s.failures,
-            num_matvecs=s.num_matvecs,
-            cost=s.cost,
-            overhead=s.cost / max(1, s.updates),
-            capped_steps=s.capped_steps,
-            first_capped_step=s.first_capped_step,
-            worst_utilisation=s.worst_utilisation,
-            margin=s.margin,
-            cap=s.cap,
-            lr_limit=s.figures.get("lr_limit"),
-            seconds=s.seconds,
-        )
+        return self._state.summary()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns numbers, lists and tensors only, so that it loads with `weights_only=True`.
 
         With `warm_start` it holds one parameter-sized vector for each eigenvalue in use.
         """
-        return {"state": asdict(self._state), "rates": self.rates.state_dict(), "vectors": dict(self._vectors)}
+        return {"state": self._state.state_dict(), "rates": self.rates.state_dict(), "vectors": dict(self._vectors)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores `state_dict()`; load the optimizer's too, in either order."""
         self.rates.load_state_dict(state_dict["rates"])
-        self._state = State(**{**state_dict["state"], "trend": NormTrend(**state_dict["state"]["trend"])})
-        self._state.figures = dict(self._state.figures)
+        self._state = State.from_state_dict(state_dict["state"])
         self._vectors = dict(state_dict["vectors"])
 
     def close(self) -> None:
@@ -375,7 +327,7 @@ class CoherenceGuard:
             found = try_step(moving, closure, self._planned(limit) / self.policy.trial_slack)
         except Exception as error:  # noqa: BLE001 (raised again or recorded)
             found = self._excused(error)
-        self._count(found)
+        state.count(found)
         found = replace(found, lr_limit=limit)
         failed, moved = self._learn(found, None)
         state.trial_gap = next_trial_gap(state.trial_gap, failed=failed, max_overhead=self.policy.max_overhead)
@@ -413,7 +365,7 @@ class CoherenceGuard:
         except Exception as error:  # noqa: BLE001 (raised again or recorded)
             found = self._excused(error)
         state.measurements += 1
-        self._count(found)
+        state.count(found)
         self.last_measurement = replace(found, vectors={})
         return found
 
@@ -425,13 +377,6 @@ class CoherenceGuard:
         failure = f"{type(error).__name__}: {first_line}"
         self._warn_once("failure", f"safe_lr could not measure ({failure}); training goes on under the last cap.")
         return Measurement(bound=self.settings.bound, failure=failure, cost=COST_OF_GRAPH)
-
-    def _count(self, found: Measurement) -> None:
-        state = self._state
-        state.failures += found.failure is not None
-        state.num_matvecs += found.num_matvecs
-        state.cost += found.cost
-        state.seconds += found.seconds
 
     def _planned(self, lr_limit: float) -> float:
         """The lr of the coming step under the present margin, in units of lr_ref."""
@@ -466,7 +411,7 @@ class CoherenceGuard:
         after = self.rates.applied[group]
         if found.failure is None:
             state.worst_utilisation = max(after / found.lr_limit, state.worst_utilisation or 0.0)
-        self._record(*self._reason(found, before, after), found, before, after)
+        self._record(*state.explain(found, before, after, capped=self.rates.capped), found, before, after)
         if moved is not None:
             self._record("margin", moved, replace(found, num_matvecs=0, cost=0.0, seconds=0.0), after, after)
 
@@ -493,59 +438,10 @@ class CoherenceGuard:
         )
         return failed, f"margin {old:.3g} -> {self._state.margin:.3g}: {why}"
 
-    def _reason(self, found: Measurement, before: float, after: float) -> tuple[Action, str]:
-        state = self._state
-        if found.failure is not None:
-            held = (
-                "no cap yet, the desired lr is applied"
-                if state.cap is None
-                else f"the last cap {state.cap:.3g} is held"
-            )
-            return "hold", f"{found.failure}; {held}"
-        allowed = f"{state.margin:.3g} x limit {found.lr_limit:.3g}"
-        if after < before:
-            return "cap", f"lr {before:.3g} is above the cap {state.cap:.3g} = {allowed}"
-        if after > before:
-            return "raise", f"lr may rise from {before:.3g} to the cap {state.cap:.3g}, on its way to {allowed}"
-        if self.rates.capped:
-            return "keep", f"lr stays at the cap {state.cap:.3g}, on its way to {allowed}"
-        return "keep", f"lr {after:.3g} is within the cap {state.cap:.3g} <= {allowed}"
-
     def _record(self, action: Action, reason: str, found: Measurement, before: float, after: float) -> None:
-        state, group = self._state, self.rates.reference
-        beta1, beta2 = decays(self.optimizer.param_groups[group])
-        good = found.failure is None and math.isfinite(found.lr_limit)
-        decision = Decision(
-            step=state.updates,
-            group=group,
-            action=action,
-            reason=reason,
-            lr_desired=self.rates.desired[group],
-            lr_before=before,
-            lr_after=after,
-            margin=state.margin,
-            utilisation=after / found.lr_limit if good else None,
-            beta1=beta1,
-            beta2=beta2,
-            cap=state.cap,
-            lr_limit=found.lr_limit if good else None,
-            limits=dict(found.limits),
-            lambda_max=found.lambda_max,
-            gamma=found.gamma,
-            p_min=found.p_min,
-            p_min_all=found.p_min_all,
-            p_eff=found.p_eff,
-            residual=found.residual if found.gamma is not None else None,
-            converged=found.converged if found.gamma is not None else None,
-            num_matvecs=found.num_matvecs,
-            cost=found.cost,
-            seconds=found.seconds,
-            loss=found.loss,
-            trial_lr=found.trial_lr,
-            trial_loss=found.trial_loss,
-            beyond_linear_limit=state.margin > 1,
-            failure=found.failure,
-        )
+        group = self.rates.reference
+        desired, betas = self.rates.desired[group], decays(self.optimizer.param_groups[group])
+        decision = self._state.decision(action, reason, found, group, (desired, before, after), betas)
         self.history.append(decision)
         if self._log:
             self._log.decide(decision)
@@ -561,26 +457,9 @@ class CoherenceGuard:
         }
 
     def _row(self) -> dict[str, Any]:
-        state, group = self._state, self.rates.reference
-        applied, desired = self.rates.applied, self.rates.desired
-        limit = state.figures.get("lr_limit")
-        beta1, beta2 = decays(self.optimizer.param_groups[group])
-        row: dict[str, Any] = {
-            "step": state.updates,
-            "lr": applied[0],
-            "lr_desired": desired[0],
-            "cap": state.cap,
-            "margin": state.margin,
-            "utilisation": applied[group] / limit if limit else None,
-            "beta1": beta1,
-            "beta2": beta2,
-            "capped": int(self.rates.capped),
-            "cost": state.cost,
-            **{name: state.figures.get(name) for name in FIGURES},
-        }
-        for index in range(1, len(applied)):
-            row[f"lr/g{index}"], row[f"lr_desired/g{index}"] = applied[index], desired[index]
-        return row
+        group = self.rates.reference
+        betas = decays(self.optimizer.param_groups[group])
+        return self._state.row(self.rates.applied, self.rates.desired, group, betas, capped=self.rates.capped)
 
     def _warn_once(self, key: str, message: str) -> None:
         if key not in self._warned:

@@ -20,6 +20,7 @@ ORDER = (
     "integrations",
     "scheduler",
     "guard",
+    "accounts",
     "rates",
     "sweeps",
     "report",

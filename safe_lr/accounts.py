@@ -1,0 +1,172 @@
+"""A run's accounts: what it must remember, what it has cost, and how its decisions are told."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from safe_lr.decisions import Action, Decision, Summary
+from safe_lr.measurement import Measurement
+from safe_lr.policies import NormTrend
+
+FIRST_COST = 8.0
+"""Gradient evaluations that the first measurement is expected to need: a graph, three products, a trial."""
+
+FIGURES = ("lr_limit", "gamma", "lambda_max", "p_min", "p_eff")
+"""A measurement's figures that stay in force until the next one."""
+
+
+@dataclass
+class State:
+    """Everything that a resumed run must remember, as plain numbers."""
+
+    margin: float
+    updates: int = 0
+    young: bool | None = None  # whether the optimizer had no state before our first update
+    cap: float | None = None
+    flip: float = 2.0  # the update rule's c when `figures["lr_limit"]` was measured
+    due_at: int = 0
+    gap: int = 0  # updates between routine measurements; 0 before the first
+    trial_at: int = 0
+    trial_gap: int = 2
+    expected_cost: float = FIRST_COST
+    trend: NormTrend = field(default_factory=NormTrend)
+    measurements: int = 0
+    failures: int = 0
+    num_matvecs: int = 0
+    cost: float = 0.0
+    seconds: float = 0.0
+    capped_steps: int = 0
+    first_capped_step: int | None = None
+    worst_utilisation: float | None = None
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def count(self, found: Measurement) -> None:
+        """Adds what a measurement or trial cost."""
+        self.failures += found.failure is not None
+        self.num_matvecs += found.num_matvecs
+        self.cost += found.cost
+        self.seconds += found.seconds
+
+    def explain(self, found: Measurement, before: float, after: float, *, capped: bool) -> tuple[Action, str]:
+        """Returns what a measurement did to the lr of the reference group, and the sentence that says why."""
+        if found.failure is not None:
+            held = "no cap yet, the desired lr is applied"
+            if self.cap is not None:
+                held = f"the last cap {self.cap:.3g} is held"
+            return "hold", f"{found.failure}; {held}"
+        allowed = f"{self.margin:.3g} x limit {found.lr_limit:.3g}"
+        if after < before:
+            return "cap", f"lr {before:.3g} is above the cap {self.cap:.3g} = {allowed}"
+        if after > before:
+            return "raise", f"lr may rise from {before:.3g} to the cap {self.cap:.3g}, on its way to {allowed}"
+        if capped:
+            return "keep", f"lr stays at the cap {self.cap:.3g}, on its way to {allowed}"
+        return "keep", f"lr {after:.3g} is within the cap {self.cap:.3g} <= {allowed}"
+
+    def decision(
+        self,
+        action: Action,
+        reason: str,
+        found: Measurement,
+        group: int,
+        lrs: tuple[float, float, float],
+        betas: tuple[float | None, float | None],
+    ) -> Decision:
+        """Returns the decision that says so, with all figures behind it.
+
+        Args:
+            action, reason: What was done, and why.
+            found: The measurement or trial; `lr_limit` NaN where it found none.
+            group: Index of the reference group.
+            lrs: Its desired lr, and its applied lr before and after.
+            betas: Its decays of the first and second moment.
+        """
+        limited = found.failure is None and math.isfinite(found.lr_limit)
+        solved = found.gamma is not None
+        same = ("lambda_max", "gamma", "p_min", "p_min_all", "p_eff", "num_matvecs", "cost", "seconds", "loss")
+        return Decision(
+            step=self.updates,
+            group=group,
+            action=action,
+            reason=reason,
+            lr_desired=lrs[0],
+            lr_before=lrs[1],
+            lr_after=lrs[2],
+            margin=self.margin,
+            utilisation=lrs[2] / found.lr_limit if limited else None,
+            beta1=betas[0],
+            beta2=betas[1],
+            cap=self.cap,
+            lr_limit=found.lr_limit if limited else None,
+            limits=dict(found.limits),
+            residual=found.residual if solved else None,
+            converged=found.converged if solved else None,
+            trial_lr=found.trial_lr,
+            trial_loss=found.trial_loss,
+            beyond_linear_limit=self.margin > 1,
+            failure=found.failure,
+            **{name: getattr(found, name) for name in same},
+        )
+
+    def row(
+        self,
+        applied: list[float],
+        desired: list[float],
+        group: int,
+        betas: tuple[float | None, float | None],
+        *,
+        capped: bool,
+    ) -> dict[str, Any]:
+        """Returns one update's scalars, as `Logger.step` takes them."""
+        limit = self.figures.get("lr_limit")
+        row: dict[str, Any] = {
+            "step": self.updates,
+            "lr": applied[0],
+            "lr_desired": desired[0],
+            "cap": self.cap,
+            "margin": self.margin,
+            "utilisation": applied[group] / limit if limit else None,
+            "beta1": betas[0],
+            "beta2": betas[1],
+            "capped": int(capped),
+            "cost": self.cost,
+            **{name: self.figures.get(name) for name in FIGURES},
+        }
+        for index in range(1, len(applied)):
+            row[f"lr/g{index}"], row[f"lr_desired/g{index}"] = applied[index], desired[index]
+        return row
+
+    def summary(self) -> Summary:
+        """Returns the run so far in a dozen numbers."""
+        return Summary(
+            steps=self.updates,
+            measurements=self.measurements,
+            failures=self.failures,
+            num_matvecs=self.num_matvecs,
+            cost=self.cost,
+            overhead=self.cost / max(1, self.updates),
+            capped_steps=self.capped_steps,
+            first_capped_step=self.first_capped_step,
+            worst_utilisation=self.worst_utilisation,
+            margin=self.margin,
+            cap=self.cap,
+            lr_limit=self.figures.get("lr_limit"),
+            seconds=self.seconds,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns numbers in dicts, nothing else."""
+        return asdict(self)
+
+    @classmethod
+    def from_state_dict(cls, state_dict: dict[str, Any]) -> State:
+        """Restores `state_dict()`."""
+        return cls(
+            **{
+                **state_dict,
+                "trend": NormTrend(**state_dict["trend"]),
+                "figures": dict(state_dict["figures"]),
+            }
+        )
