@@ -71,7 +71,7 @@ class Policy:
 
     margin: float | str = "auto"
     margin_max: float = 8.0
-    trial_slack: float = 0.5
+    trial_slack: float = 0.25
     growth: float = 1.02
     max_overhead: float = 0.05
     credit: float = 60.0

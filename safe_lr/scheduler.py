@@ -96,7 +96,7 @@ class CoherenceScheduler(LRScheduler):
         bound: str = "momentum",
         margin: float | str = "auto",
         margin_max: float = 8.0,
-        trial_slack: float = 0.5,
+        trial_slack: float = 0.25,
         growth: float = 1.02,
         curvature: str = "hessian",
         hvp: str = "auto",

@@ -267,3 +267,194 @@ def test_without_observe_one_warning() -> None:
             bowl.optimizer.step()
     assert [w.category for w in caught] == [RuntimeWarning] and "observe(" in str(caught[0].message)
     assert bowl.inside == [100.0] * 5 and bowl.guard.history == type(bowl.guard.history)()
+
+
+# ---- around optimizer.step()
+
+
+@pytest.mark.parametrize("keyword", [False, True])
+@pytest.mark.parametrize("case", NETS, ids=str)
+def test_step_with_a_closure_is_measured_after_it_ran(case: Case, keyword: bool) -> None:
+    plain, passed = (Bowl(case, bound="coherence") for _ in range(2))
+    plain.run(6)
+    for _ in range(6):
+        passed.guard.observe(passed.loss)
+        loss = passed.optimizer.step(closure=passed.backward) if keyword else passed.optimizer.step(passed.backward)
+        assert loss.requires_grad
+    assert torch.equal(passed.x, plain.x) and passed.guard.summary().capped_steps == 6
+    assert [d.step for d in passed.guard.history] == [d.step for d in plain.guard.history] == [0, 4]
+
+
+@pytest.mark.parametrize("case", [Case(SGD, {"fused": True, "momentum": 0.9}), Case(Adam, {"fused": True}),
+                                  Case(AdamW), Case(SGD)], ids=str)  # fmt: skip
+def test_grad_scaler(case: Case) -> None:
+    """The scaled gradients are seen unscaled, and an update that overflowed is not counted."""
+    plain, scaled = Bowl(case), Bowl(case)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=10**6)
+    for step in range(8):
+        plain.run()
+        for overflowed in (True, False) if step == 3 else (False,):
+            scaled.optimizer.zero_grad()
+            scaler.scale(scaled.loss()).backward()
+            if overflowed:
+                scaled.x.grad[0] = float("inf")
+            scaled.guard.observe(scaled.loss)
+            scaler.step(scaled.optimizer)
+            scaler.update()
+    assert scaler.get_scale() == 2.0**9 and scaled.guard.summary().steps == 8
+    assert torch.allclose(scaled.x, plain.x, rtol=1e-6, atol=1e-9)
+    pairs = list(zip(scaled.guard.history, plain.guard.history, strict=True))
+    assert pairs and all(a.lr_limit == pytest.approx(b.lr_limit, rel=1e-6) for a, b in pairs)
+
+
+def test_hooks_hold_no_guard() -> None:
+    bowl = Bowl().run()
+    del bowl.guard
+    gc.collect()
+    assert not any(isinstance(o, CoherenceGuard) and o.optimizer is bowl.optimizer for o in gc.get_objects())
+    bowl.backward()
+    bowl.optimizer.step()
+    assert bowl.inside[-1] == 100
+
+
+class Recorder:
+    """A logger that raises in one of its methods."""
+
+    def __init__(self, broken: str | None = None) -> None:
+        self.broken, self.heard = broken, []
+
+    def _hear(self, method: str) -> None:
+        self.heard.append(method)
+        if method == self.broken:
+            raise OSError("disk full")
+
+    def start(self, config: Any) -> None:
+        self._hear("start")
+
+    def decide(self, decision: Any) -> None:
+        self._hear("decide")
+
+    def step(self, row: Any) -> None:
+        self._hear("step")
+
+    def close(self, summary: Any) -> None:
+        self._hear("close")
+
+
+@pytest.mark.parametrize("broken", ["start", "decide", "step", "close"])
+def test_a_logger_that_raises_is_switched_off(broken: str) -> None:
+    bad, good = Recorder(broken), Recorder()
+    with pytest.warns(RuntimeWarning, match="switched off Recorder, which raised OSError: disk full") as caught:
+        bowl = Bowl(loggers=[bad, good]).run(6)
+        bowl.guard.close()
+        bowl.guard.close()
+    assert len(caught) == 1 and bad.heard[-1] == broken and bad.heard.count(broken) == 1
+    assert good.heard == ["start", "decide", "step", *["step"] * 3, "decide", "step", "step", "close"]
+    bowl.run()  # closed: uncapped
+    assert bowl.inside == [pytest.approx(CAP, rel=0.11)] * 6 + [100]
+
+
+def test_observe_and_probe_take_closures() -> None:
+    bowl = Bowl()
+    with pytest.raises(TypeError, match=r"observe\(\) takes a closure, got Tensor: observe\(lambda: "):
+        bowl.guard.observe(bowl.loss())
+    with pytest.raises(TypeError, match="probe must be a closure that returns the loss, got int"):
+        Bowl(probe=3)
+
+
+def test_the_probe_is_measured_instead_of_what_was_observed() -> None:
+    x = torch.tensor([1.0, 1.0], dtype=torch.float64)
+    bowl = Bowl(probe=lambda: (10 * bowl.x**2 @ x).sum(), tol=1e-3)
+    bowl.run(3, _raise(AssertionError("observed")))
+    assert bowl.guard.last_decision.lr_limit == pytest.approx(2 / 20, rel=2e-3) and not bowl.guard.summary().failures
+
+
+@pytest.mark.parametrize("margin", [0.5, "auto"])
+def test_measure_changes_nothing(margin: float | str) -> None:
+    bowls = [Bowl(Case(Adam), margin=margin) for _ in range(2)]
+    for step in range(8):
+        for bowl in bowls:
+            bowl.run()
+        before = str((bowls[0].guard.state_dict(), bowls[0].optimizer.state_dict(), bowls[0].guard.summary()))
+        found = bowls[0].guard.measure(bowls[0].loss)
+        assert set(found.limits) == {"lemma1", "coherence", "momentum"} and found.converged
+        assert before == str((bowls[0].guard.state_dict(), bowls[0].optimizer.state_dict(), bowls[0].guard.summary()))
+    history = [[replace(d, seconds=0.0) for d in bowl.guard.history] for bowl in bowls]
+    assert history[0] == history[1] and torch.equal(bowls[0].x, bowls[1].x)
+
+
+# ---- the learned margin
+
+
+@pytest.mark.parametrize("margin_max", [0.3, 1.0, 8.0])
+@pytest.mark.parametrize("case", NETS, ids=str)
+def test_every_change_of_the_learned_margin_is_a_decision(case: Case, margin_max: float) -> None:
+    net = Net(case, 30.0, margin_max=margin_max, credit=300, max_overhead=1)
+    last, moved = net.guard.summary().margin, 0
+    for step in range(40):
+        net.step()
+        now = net.guard.summary().margin
+        told = [d for d in net.guard.history if d.step == step and d.action == "margin"]
+        assert len(told) == (now != last) and all(d.margin == now and "margin" in d.reason for d in told)
+        assert MARGIN_MIN <= now <= margin_max
+        assert all(d.beyond_linear_limit == (d.margin > 1) for d in told)
+        last, moved = now, moved + len(told)
+    assert moved > 0 and (margin_max > 1 or net.guard.summary().worst_utilisation <= margin_max * (1 + 1e-9))
+
+
+# ---- several groups
+
+
+def two_groups(sharp: int, lrs: list[float], groups: list[dict[str, Any]], **options: Any) -> Any:
+    x = [nn.Parameter(torch.ones(1, dtype=torch.float64)) for _ in range(2)]
+    optimizer = SGD([{"params": [p], "lr": lr, **g} for p, lr, g in zip(x, lrs, groups, strict=True)])
+    guard = CoherenceGuard(optimizer, loggers=None, **options)
+
+    def loss() -> Tensor:
+        return (50 * x[sharp] ** 2 + 0.5 * x[1 - sharp] ** 2).sum()
+
+    inside: list[list[float]] = []
+    optimizer.register_step_pre_hook(lambda o, a, k: inside.append([g["lr"] for g in o.param_groups]))
+
+    def step() -> list[float]:
+        optimizer.zero_grad()
+        loss().backward()
+        guard.observe(loss)
+        optimizer.step()
+        return inside[-1]
+
+    return optimizer, guard, step
+
+
+EMA = {"momentum": 0.9, "dampening": 0.9}
+
+
+@pytest.mark.parametrize("margin", [0.5, "auto"])
+def test_a_group_whose_lr_rises_stays_under_its_share(margin: Any) -> None:
+    optimizer, guard, step = two_groups(1, [100.0, 0.01], [{}, {}], margin=margin)
+    for _ in range(2):
+        step()
+    optimizer.param_groups[1]["lr"] = 100.0  # just where a trial step is due
+    assert step()[1] <= 2 / 100
+
+
+def test_the_limit_of_a_group_without_momentum_does_not_rise_with_anothers_average() -> None:
+    optimizer, guard, step = two_groups(1, [100.0, 100.0], [EMA, {}], margin=1.0)
+    assert max(max(step()) for _ in range(4)) <= 2 / 100 * 1.001
+
+
+def test_the_limit_survives_a_change_of_the_reference_group() -> None:
+    optimizer, guard, step = two_groups(0, [100.0, 99.0], [{}, EMA], margin=1.0, growth=9)
+    for _ in range(14):
+        step()
+    optimizer.param_groups[1]["lr"] = 101.0
+    assert step()[0] <= 2 / 100 * 1.001
+
+
+def test_a_closure_is_dropped_with_an_overflowed_update() -> None:
+    bowl = Bowl(Case(SGD, {"fused": True}))
+    bowl.backward()
+    bowl.guard.observe(bowl.loss)
+    bowl.optimizer.grad_scale, bowl.optimizer.found_inf = torch.tensor(1.0), torch.tensor(1.0)
+    bowl.optimizer.step()
+    assert bowl.guard._observed is None
