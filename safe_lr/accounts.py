@@ -25,7 +25,7 @@ class State:
     updates: int = 0
     young: bool | None = None  # whether the optimizer had no state before our first update
     cap: float | None = None
-    flip: float = 2.0  # the update rule's c when `figures["lr_limit"]` was measured
+    flips: list[float] = field(default_factory=list)  # each group's c at the limit in `figures["lr_limit"]`
     due_at: int = 0
     gap: int = 0  # updates between routine measurements; 0 before the first
     trial_at: int = 0
@@ -168,5 +168,6 @@ class State:
                 **state_dict,
                 "trend": NormTrend(**state_dict["trend"]),
                 "figures": dict(state_dict["figures"]),
+                "flips": list(state_dict["flips"]),
             }
         )

@@ -123,6 +123,7 @@ class CoherenceGuard:
         self._state = State(margin=self.policy.first_margin)
         self._vectors: dict[str, Tensor] = {}
         self._warned: set[str] = set()
+        self._closed = False
         self._log = Broadcast(resolve(loggers, log_path), self._config)
         self._hook()
 
@@ -192,6 +193,7 @@ class CoherenceGuard:
         for handle in self._handles:
             handle.remove()
         atexit.unregister(self._at_exit)
+        self._closed = True
         self.rates.give_back()
         if self._log:
             self._log.close(self.summary().to_dict())
@@ -249,6 +251,8 @@ class CoherenceGuard:
         self.rates.read()
         if state.young is None:
             state.young = not any(self.optimizer.state.values())
+        if self.rates.drifted():
+            state.due_at = min(state.due_at, state.updates)
         norm = self._gradient_norm()
         usual, alarm = state.trend, state.trend.alarming(norm)
         state.trend = usual.after(norm)
@@ -278,25 +282,32 @@ class CoherenceGuard:
         return binding and wanted and self._affordable(alarm=False) >= 2 * COST_OF_LOSS
 
     def _follow_rule(self) -> None:
-        """Carries the limit over to the coming step: gamma stays until it is measured again, c is known at each."""
-        if self.settings.bound == "momentum":
-            flip = self._flip()
-            self._state.figures["lr_limit"] *= flip / self._state.flip
-            self._state.flip = flip
+        """Carries the limit over to the coming step: gamma stays until it is measured again, c is known at each.
 
-    def _flip(self) -> float:
-        group = self.optimizer.param_groups[self.rates.reference]
+        Where groups differ, the limit rises by the smallest rise of their c: lambda_max of D^1/2 H D^1/2 falls at least
+        as much as every D does.
+        """
+        before, now = self._state.flips, self._flips()
+        if self.settings.bound == "momentum" and len(before) == len(now):
+            self._state.figures["lr_limit"] *= min(new / old for new, old in zip(now, before, strict=True))
+            self._state.flips = now
+
+    def _flips(self) -> list[float]:
+        """The update rule's c at the coming step, for each group."""
         counted = self._state.updates + 1 if self._state.young else None
-        states = (self.optimizer.state.get(p, {}) for p in group["params"] if p.grad is not None)
-        model = preconditioner_of(self.optimizer)
-        return model.rule(group, next(states, {}), counted).flip
+        model, flips = preconditioner_of(self.optimizer), []
+        for group in self.optimizer.param_groups:
+            states = (self.optimizer.state.get(p, {}) for p in group["params"] if p.grad is not None)
+            flips.append(model.rule(group, next(states, {}), counted).flip)
+        return flips
 
     def apply(self) -> None:
         """Writes the applied lrs under the cap in force."""
-        if self.rates.apply(self._state.cap):
-            self._state.due_at = min(self._state.due_at, self._state.updates)
+        if not self._closed:
+            self.rates.apply(self._state.cap)
 
     def _after(self) -> None:
+        self._observed = None  # it binds late and holds a batch
         if self._skipped():
             return
         state = self._state
@@ -307,7 +318,6 @@ class CoherenceGuard:
         if self._log:
             self._log.step(self._row())
         state.updates += 1
-        self._observed = None  # it binds late and holds a batch
         if self._restore:
             self.rates.give_back()
 
@@ -323,7 +333,7 @@ class CoherenceGuard:
         """Between measurements, while the cap binds: lets a trial step alone move the learned margin."""
         state, limit = self._state, self._state.figures["lr_limit"]
         try:
-            moving = movers(self.optimizer, self.rates.measured(), state.updates + 1 if state.young else None)
+            moving = movers(self.optimizer, self.rates.present_shares(), state.updates + 1 if state.young else None)
             found = try_step(moving, closure, self._planned(limit) / self.policy.trial_slack)
         except Exception as error:  # noqa: BLE001 (raised again or recorded)
             found = self._excused(error)
@@ -401,7 +411,7 @@ class CoherenceGuard:
             state.expected_cost = max(FIRST_COST, found.cost)
             failed, moved = self._learn(found, jump)
             state.cap = self._cap_under(found.lr_limit)
-            state.flip = self._flip()
+            state.flips = self._flips()
             state.figures.update({k: v for k in FIGURES if (v := getattr(found, k)) is not None})
         first = state.gap == 0
         state.gap = next_gap(state.gap, alarm=first or jump is not None, trial_failed=failed)

@@ -33,8 +33,9 @@ class Rates:
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
         >>> rates = Rates(optimizer)
         >>> _ = rates.measured()
-        >>> rates.apply(0.25), optimizer.param_groups[0]["lr"]
-        (False, 0.25)
+        >>> rates.apply(0.25)
+        >>> optimizer.param_groups[0]["lr"]
+        0.25
         >>> rates.give_back()
         >>> optimizer.param_groups[0]["lr"]
         1.0
@@ -66,14 +67,20 @@ class Rates:
         """Whether some group holds an lr below its desired one."""
         return any(w is not None and w < d for w, d in zip(self._written, self.desired, strict=True))
 
+    def present(self) -> list[float]:
+        """Returns the desired lrs as they stand now: someone else's write wins, what we wrote does not count."""
+        known = len(self.desired)
+        return [
+            self.desired[i] if i < known and self._written[i] is not None and lr == self._written[i] else lr
+            for i, lr in enumerate(self.applied)
+        ]
+
     def read(self) -> None:
         """Takes over lrs that someone else wrote, and groups that were added."""
-        for index, lr in enumerate(self.applied):
-            if index >= len(self.desired):
-                self.desired.append(lr)
-                self._written.append(None)
-            elif self._written[index] is None or lr != self._written[index]:
-                self.desired[index], self._written[index] = lr, None
+        present = self.present()
+        self._written += [None] * (len(present) - len(self._written))
+        self._written = [w if w == lr else None for w, lr in zip(self._written, self.applied, strict=True)]
+        self.desired = present
 
     def give_back(self) -> None:
         """Puts the desired lr back wherever a group still holds what we wrote."""
@@ -85,10 +92,16 @@ class Rates:
 
     def measured(self) -> list[float]:
         """Returns the shares of a measurement that is about to be made, and remembers them."""
-        self.shares = self._shares()
+        self.shares = self.present_shares()
         return self.shares
 
-    def apply(self, cap: float | None) -> bool:
+    def drifted(self) -> bool:
+        """Whether groups or their shares have changed so much since the measurement that a new one is due."""
+        now = self.present_shares()
+        grown = any(new > DRIFT * old for new, old in zip(now, self.shares, strict=False))
+        return bool(self.shares) and (len(now) != len(self.shares) or grown)
+
+    def apply(self, cap: float | None) -> None:
         """Writes `desired * scale`, one scale for all groups; writes nothing where the cap does not bind.
 
         No group's lr comes above the share of the cap that was measured for it. That stays safe where shares have
@@ -97,9 +110,6 @@ class Rates:
 
         Args:
             cap: Largest allowed lr_ref, None for no cap.
-
-        Returns:
-            Whether the shares have drifted so far from those measured that a new measurement is due.
         """
         known = [(lr, share) for lr, share in zip(self.desired, self.shares, strict=False) if lr > 0 and share > 0]
         scale = 1.0 if cap is None or not known else min(1.0, *(cap * share / lr for lr, share in known))
@@ -110,10 +120,6 @@ class Rates:
             elif self._written[index] is not None:
                 _write(group, self.desired[index])
                 self._written[index] = None
-        now = self._shares()
-        return cap is not None and (
-            len(now) != len(self.shares) or any(new > DRIFT * old for new, old in zip(now, self.shares, strict=True))
-        )
 
     def state_dict(self) -> dict[str, Any]:
         """Returns plain lists of numbers."""
@@ -134,7 +140,8 @@ class Rates:
         self.desired, self.shares = list(state["desired"]), list(state["shares"])
         self._written = list(state["written"])
 
-    def _shares(self) -> list[float]:
+    def present_shares(self) -> list[float]:
+        """Returns each group's desired lr in units of the largest, as they stand now."""
         groups = self.optimizer.param_groups
         return shares(self.desired, [float(group.get("initial_lr", group["lr"])) for group in groups])[1]
 

@@ -210,8 +210,7 @@ class CoherenceScheduler(LRScheduler):
 
     def get_desired_lr(self) -> list[float]:
         """Returns the lr of each group that the schedule asks for."""
-        self._guard.rates.read()
-        return list(self._guard.rates.desired)
+        return self._guard.rates.present()
 
     def get_lr(self) -> list[float | Tensor]:
         """Returns the schedule's own next lr; torch's schedulers call it, users want `get_last_lr`."""
