@@ -1,4 +1,4 @@
-"""The guard on real optimizers: what is protected, what it costs, what it leaves alone, and what happens when it fails."""
+"""The guard on real optimizers: what it protects, costs and leaves alone, and what happens when it fails."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
+from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 
 from safe_lr import CoherenceGuard, Decision
 from safe_lr.policies import FREE_UPDATES, MARGIN_MIN, MARGIN_START
@@ -155,8 +155,17 @@ def test_an_uncapped_run_is_the_same_to_the_bit(case: Case) -> None:
 # ---- the budget
 
 
-@pytest.mark.parametrize("options", [{}, {"credit": 12, "max_overhead": 0.3}, {"bound": "lemma1", "credit": 20},
-                                     {"credit": 0, "max_overhead": 0.2}, {"lambda_every": 1, "tol": 1e-6}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"credit": 12, "max_overhead": 0.3},
+        {"bound": "lemma1", "credit": 20},
+        {"credit": 0, "max_overhead": 0.2},
+        {"lambda_every": 1, "tol": 1e-6},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("case", [NETS[1], NETS[2], NETS[4]], ids=str)
 def test_the_budget_is_kept_after_every_step(case: Case, options: dict[str, Any]) -> None:
     net = Net(case, 1.0, **options)
@@ -246,7 +255,7 @@ def test_a_gradient_that_is_not_finite_is_held(value: float) -> None:
 @pytest.mark.parametrize("reason", failing(Bowl()))
 def test_on_failure_raise(reason: str) -> None:
     bowl = Bowl(on_failure="raise")
-    with pytest.raises(Exception) as error:  # noqa: PT011 (whatever the closure raised)
+    with pytest.raises(Exception) as error:
         bowl.run(1, failing(bowl)[reason])
     assert reason in f"{type(error.value).__name__}: {error.value}"
 
@@ -254,7 +263,7 @@ def test_on_failure_raise(reason: str) -> None:
 @pytest.mark.parametrize("steps", [0, 3])
 def test_wandbs_stop_request_is_passed_on(steps: int) -> None:
     bowl = Bowl(max_overhead=10, margin="auto").run(steps)
-    with pytest.raises(Exception) as error:  # noqa: PT011
+    with pytest.raises(Exception) as error:
         bowl.run(5, _raise(Exception()))
     assert type(error.value) is Exception and error.value.args == ()
 
@@ -286,8 +295,9 @@ def test_step_with_a_closure_is_measured_after_it_ran(case: Case, keyword: bool)
     assert [d.step for d in passed.guard.history] == [d.step for d in plain.guard.history] == [0, 4]
 
 
-@pytest.mark.parametrize("case", [Case(SGD, {"fused": True, "momentum": 0.9}), Case(Adam, {"fused": True}),
-                                  Case(AdamW), Case(SGD)], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "case", [Case(SGD, {"fused": True, "momentum": 0.9}), Case(Adam, {"fused": True}), Case(AdamW), Case(SGD)], ids=str
+)
 def test_grad_scaler(case: Case) -> None:
     """The scaled gradients are seen unscaled, and an update that overflowed is not counted."""
     plain, scaled = Bowl(case), Bowl(case)

@@ -388,7 +388,7 @@ def test_the_sweep_agents_stop_is_passed_on(where: str) -> None:
         logger.step({"step": 0, "lr": 0.1})
         logger.decide(cap_at(0, failure="nan"))
 
-    with pytest.raises(Exception) as caught:  # noqa: PT011 (a bare Exception is the point)
+    with pytest.raises(Exception) as caught:
         train()
     assert is_stop_request(caught.value)
 
