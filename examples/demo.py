@@ -1,6 +1,6 @@
 """The demo: a small CNN on Fashion-MNIST with Adam, at an lr 100 times too high.
 
-    python examples/demo.py [--out runs/demo] [--source full|subset] [--quick]
+    python examples/demo.py [--out runs/demo] [--source full|subset] [--seed 10] [--quick]
 
 Three runs with the same initial weights and the same batches: *unprotected* at the high lr, *protected* by safe_lr at
 the same high lr, and *tuned* at the best constant lr of a scan (`examples/tune_demo.py`, results in
@@ -85,15 +85,15 @@ class Run:
         }
 
 
-def make_runs(task: Task, tuned_lr: float, out: Path) -> list[Run]:
+def make_runs(task: Task, tuned_lr: float, out: Path, seed: int) -> list[Run]:
     """Returns the three runs, ready to start; protected and unprotected next to each other."""
     runs = []
     for name in ("tuned", "unprotected", "protected"):
         lr = tuned_lr * (1 if name == "tuned" else TOO_HIGH)
-        model = make_model(SEED)
+        model = make_model(seed)
         optimizer = torch.optim.Adam(model.parameters(), lr=lr)
         scheduler = CoherenceScheduler(optimizer, log_path=out / "decisions.jsonl") if name == "protected" else None
-        runs.append(Run(name, model, optimizer, task.batches(SEED), scheduler, lr))
+        runs.append(Run(name, model, optimizer, task.batches(seed), scheduler, lr))
     return runs
 
 
@@ -130,7 +130,7 @@ def start_wandb(out: Path) -> Any:
         return None
 
 
-def summarise(runs: list[Run], task: Task, tuning: dict[str, Any]) -> dict[str, Any]:
+def summarise(runs: list[Run], task: Task, tuning: dict[str, Any], seed: int) -> dict[str, Any]:
     """Returns what `summary.json` holds."""
     result: dict[str, Any] = {run.name: run.figures(task) for run in runs}
     scheduler = next(run.scheduler for run in runs if run.scheduler is not None)
@@ -152,7 +152,7 @@ def summarise(runs: list[Run], task: Task, tuning: dict[str, Any]) -> dict[str, 
         "batch_size": task.batch_size,
         "epochs": len(runs[0].losses) * task.batch_size / len(task.train[0]),
         "optimizer": "Adam",
-        "seed": SEED,
+        "seed": seed,
         "too_high": TOO_HIGH,
         "tuned_by": "examples/tune_demo.py",
         "tuned_seeds": tuning["seeds"],
@@ -200,6 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train at an lr 100 times too high, with and without safe_lr.")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the results")
     parser.add_argument("--source", choices=("auto", "full", "subset"), default="auto", help="which Fashion-MNIST")
+    parser.add_argument("--seed", type=int, default=SEED, help="seed of weights and batches")
     parser.add_argument("--quick", action="store_true", help="30 steps: a smoke test, no result")
     args = parser.parse_args()
 
@@ -217,9 +218,9 @@ def main() -> None:
         f"{len(tuning['means'])} lrs and {len(tuning['seeds'])} seeds; too high: {TOO_HIGH * tuned_lr:g}."
     )
     wandb_run = start_wandb(out)
-    runs = make_runs(task, tuned_lr, out)
+    runs = make_runs(task, tuned_lr, out, args.seed)
     train(runs, steps, wandb_run)
-    summary = summarise(runs, task, tuning)
+    summary = summarise(runs, task, tuning, args.seed)
     for run in runs:
         if run.scheduler is not None:
             run.scheduler.close()

@@ -1,6 +1,8 @@
 """`CoherenceScheduler` as a torch scheduler. The oracle is torch: a twin optimizer under the bare schedule."""
 
+import gc
 import io
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -185,6 +187,48 @@ def test_ours_inside_torchs_combinations_is_torchs(combine: str) -> None:
         assert mine.log[step] == twin.log[step]
         assert outer.get_last_lr() == bare.get_last_lr()
     assert inner[0].last_epoch == bare._schedulers[int(combine.endswith("last"))].last_epoch
+
+
+# BUG: a sibling that computes its next lr from the present one sees the capped lr, and ours takes what it makes of it
+# for someone's wish: the desired lr shrinks for good.
+@pytest.mark.parametrize("combine", ["chained", "sequential"])
+def test_no_cap_leaks_into_a_sibling(combine: str) -> None:
+    def combined(optimizer: Optimizer, wrap: Callable[[Any], Any]) -> Any:
+        parts = [wrap(lrs.ConstantLR(optimizer, 1.0, 0)), lrs.ExponentialLR(optimizer, 0.9)]
+        return lrs.ChainedScheduler(parts) if combine == "chained" else lrs.SequentialLR(optimizer, parts, [3])
+
+    twin, mine = (Run(lambda groups: SGD(groups), lr=1.0) for _ in range(2))
+    inner: list[CoherenceScheduler] = []
+    bare = combined(twin.optimizer, lambda part: part)
+    outer = combined(mine.optimizer, lambda part: inner.append(ours(mine, part)) or inner[0])
+    for _ in range(8):
+        twin.update(bare)
+        mine.loss().backward()
+        inner[0].observe(lambda: 100 * mine.loss())
+        mine.update(outer)
+    assert inner[0].get_last_lr()[0] == pytest.approx(0.01, rel=0.01)
+    assert inner[0].get_desired_lr() == bare.get_last_lr()
+
+
+# BUG: nobody gives the desired lr back: the optimizer stays capped for ever.
+def test_a_scheduler_that_is_gone_leaves_the_desired_lr() -> None:
+    run, scheduler = capped()
+    alive = weakref.ref(scheduler)
+    del scheduler
+    gc.collect()
+    assert alive() is None
+    run.loss().backward()
+    run.optimizer.step()
+    assert [group["lr"] for group in run.optimizer.param_groups] == [1.0, 0.25]
+
+
+def test_the_cap_may_be_observed_at_lr_0() -> None:
+    run = Run(lambda groups: SGD(groups), lr=1.0)
+    scheduler = ours(run, lambda o: lrs.LambdaLR(o, lambda step: step / 4), growth=1.0)
+    run.update(scheduler, 12, sharpness=100.0)
+    assert run.lrs[0] == [0.0, 0.0]
+    assert all(lr == pytest.approx([0.01, 0.0025], rel=0.01) for lr in run.lrs[1:])
+    assert scheduler.get_desired_lr() == [3.0, 0.75]
 
 
 def test_it_is_a_torch_scheduler_and_shows_the_inner_schedule() -> None:
