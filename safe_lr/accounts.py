@@ -36,6 +36,7 @@ class State:
     failures: int = 0
     num_matvecs: int = 0
     cost: float = 0.0
+    trial_cost: float = 0.0  # the part of it spent on trial steps between measurements
     seconds: float = 0.0
     capped_steps: int = 0
     first_capped_step: int | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import math
 import warnings
 import weakref
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from safe_lr.accounts import FIGURES, FIRST_COST, State
 from safe_lr.closures import Closure
@@ -25,6 +25,7 @@ from safe_lr.loggers.broadcast import Broadcast
 from safe_lr.measurement import (
     COST_OF_GRAPH,
     COST_OF_LOSS,
+    COST_OF_PRODUCT,
     Measurement,
     Settings,
     measure,
@@ -33,6 +34,7 @@ from safe_lr.measurement import (
 )
 from safe_lr.policies import (
     FREE_UPDATES,
+    TRIAL_PART,
     Policy,
     affordable,
     learned_margin,
@@ -103,6 +105,9 @@ class CoherenceGuard:
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if on_failure not in ("hold", "raise"):
             raise ValueError(f"on_failure must be one of 'hold', 'raise', got {on_failure!r}")
+        for name, number in (("lambda_every", lambda_every), ("seed", seed)):
+            if not isinstance(number, int) or not -(2**63) <= number < 2**63:
+                raise TypeError(f"{name} must be an integer of 64 bits, got {number!r}")
         if lambda_every < 1:
             raise ValueError(f"lambda_every must be at least 1 (measurements), got {lambda_every!r}")
         if probe is not None and not callable(probe):
@@ -186,15 +191,16 @@ class CoherenceGuard:
         """Restores `state_dict()`; load the optimizer's too, in either order."""
         self.rates.load_state_dict(state_dict["rates"])
         self._state = State.from_state_dict(state_dict["state"])
+        if self.policy.learns:
+            self._state.margin = min(self._state.margin, self.policy.margin_max)
+        else:
+            self._state.margin = self.policy.first_margin
         self._vectors = dict(state_dict["vectors"])
 
     def close(self) -> None:
         """Detaches from the optimizer, gives it back its desired lr, and closes the loggers. Safe to call twice."""
-        for handle in self._handles:
-            handle.remove()
-        atexit.unregister(self._at_exit)
         self._closed = True
-        self.rates.give_back()
+        self._at_exit()
         if self._log:
             self._log.close(self.summary().to_dict())
 
@@ -212,15 +218,10 @@ class CoherenceGuard:
             if guard is not None:
                 guard._after()
 
-        def at_exit() -> None:
-            guard = me()
-            if guard is not None:
-                guard.close()
-
         optimizer = self.optimizer
         self._handles = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
-        self._at_exit = at_exit
-        atexit.register(at_exit)
+        # Once the guard is gone, or the process ends, the optimizer has its desired lr and no hook of ours.
+        self._at_exit = weakref.finalize(self, _leave, self._handles, self.rates)
 
     def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         """The pre-hook. In `optimizer.step(closure)` there are no gradients yet: act once that closure has run."""
@@ -256,7 +257,9 @@ class CoherenceGuard:
         norm = self._gradient_norm()
         usual, alarm = state.trend, state.trend.alarming(norm)
         state.trend = usual.after(norm)
-        if (state.updates >= state.due_at or alarm) and self._affordable(alarm) >= state.expected_cost:
+        if (state.updates >= state.due_at or alarm) and self._affordable(alarm) >= min(
+            state.expected_cost, FIRST_COST if alarm else math.inf
+        ):
             closure = self._probe or self._observed
             if closure is not None:
                 jump = f"the gradient norm is {norm:.3g}, usual is {math.exp(usual.mean):.3g}" if alarm else None
@@ -279,7 +282,8 @@ class CoherenceGuard:
         state = self._state
         binding = state.cap is not None and self.rates.lr_ref > state.cap
         wanted = self.policy.learns and self._probe is None and state.updates >= state.trial_at
-        return binding and wanted and self._affordable(alarm=False) >= 2 * COST_OF_LOSS
+        left = affordable(self.policy, updates=state.updates, spent=0.0, alarm=False) * TRIAL_PART - state.trial_cost
+        return binding and wanted and min(left, self._affordable(alarm=False)) >= 2 * COST_OF_LOSS
 
     def _follow_rule(self) -> None:
         """Carries the limit over to the coming step: gamma stays until it is measured again, c is known at each.
@@ -338,6 +342,7 @@ class CoherenceGuard:
         except Exception as error:  # noqa: BLE001 (raised again or recorded)
             found = self._excused(error)
         state.count(found)
+        state.trial_cost += found.cost
         found = replace(found, lr_limit=limit)
         failed, moved = self._learn(found, None)
         state.trial_gap = next_trial_gap(state.trial_gap, failed=failed, max_overhead=self.policy.max_overhead)
@@ -355,7 +360,8 @@ class CoherenceGuard:
     def _measured(self, closure: Closure, alarm: bool) -> Measurement:
         """Measures the coming step; whatever goes wrong becomes the measurement's `failure`."""
         state = self._state
-        products = int((self._affordable(alarm) - 4 / 3) / 2)
+        room = (self._affordable(alarm) - COST_OF_GRAPH - COST_OF_LOSS) / COST_OF_PRODUCT
+        products = int(min(room, self.settings.max_matvecs))
         try:
             moving = movers(self.optimizer, self.rates.measured(), state.updates + 1 if state.young else None)
             if self._probe is not None:
@@ -364,7 +370,7 @@ class CoherenceGuard:
             found = measure_step(
                 moving,
                 closure,
-                replace(self.settings, max_matvecs=max(1, min(self.settings.max_matvecs, products))),
+                replace(self.settings, max_matvecs=max(1, products)),
                 seed=self._seed + state.measurements,
                 also=("lemma1",) if (state.measurements + 1) % self._lambda_every == 0 else (),
                 warm=self._vectors if self._warm_start else None,
@@ -475,3 +481,9 @@ class CoherenceGuard:
         if key not in self._warned:
             self._warned.add(key)
             warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def _leave(handles: Sequence[RemovableHandle], rates: Rates) -> None:
+    for handle in handles:
+        handle.remove()
+    rates.give_back()

@@ -140,6 +140,9 @@ def start_vector(like: Tensor, seed: int, direction: Tensor | None = None) -> Te
     if direction is not None:
         norm = float(torch.linalg.vector_norm(direction))
         if math.isfinite(norm) and norm > 0:
-            vector = vector + direction.to(like) / norm
+            direction = direction.to(like) / norm
+            if float(torch.dot(vector, direction)) < 0:
+                vector = -vector  # never cancel the direction: in one dimension nothing would be left
+            vector = vector + direction
             vector /= torch.linalg.vector_norm(vector)
     return vector

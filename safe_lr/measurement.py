@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -51,8 +52,12 @@ class Settings:
         for name, choices in (("bound", BOUNDS), ("curvature", CURVATURES), ("hvp", HVPS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}")
+        if not isinstance(self.tol, (int, float)):
+            raise TypeError(f"tol must be a number in (0, 1), got {self.tol!r}")
         if not 0 < self.tol < 1:
             raise ValueError(f"tol must lie in (0, 1), got {self.tol!r}")
+        if not isinstance(self.max_matvecs, int):
+            raise TypeError(f"max_matvecs must be an integer, got {self.max_matvecs!r}")
         if self.max_matvecs < 1:
             raise ValueError(f"max_matvecs must be at least 1, got {self.max_matvecs!r}")
 
@@ -213,8 +218,10 @@ def measure_step(
             found = replace(found, cost=COST_OF_GRAPH + COST_OF_PRODUCT * problem.num_matvecs)
             lr = try_lr(found) if try_lr is not None else None
             if lr is not None:
-                trial_loss = untouched.loss_after(closure, problem.coming_steps(lr))
-                found = replace(found, trial_lr=lr, trial_loss=trial_loss, cost=found.cost + COST_OF_LOSS)
+                found = replace(found, cost=found.cost + COST_OF_LOSS)
+                with contextlib.suppress(RuntimeError, MemoryError):  # out of memory: the limit stands without a trial
+                    trial_loss = untouched.loss_after(closure, problem.coming_steps(lr))
+                    found = replace(found, trial_lr=lr, trial_loss=trial_loss)
         except MeasurementFailed as failed:
             found = replace(found, failure=str(failed), num_matvecs=failed.num_matvecs)
             found = replace(found, cost=COST_OF_GRAPH + COST_OF_PRODUCT * failed.num_matvecs)

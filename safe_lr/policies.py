@@ -38,7 +38,7 @@ GAP_FACTOR = 3
 """Growth of that gap: measurements at 0, 4, 16, 52, 160 spend the usual credit just as `max_overhead` takes over."""
 
 TRIAL_PART = 0.5
-"""Part of `max_overhead` that trial steps between measurements may take in the long run."""
+"""Part of the budget that trial steps between measurements may take; the rest keeps the limit itself fresh."""
 
 ALARM_AFTER = 10
 """Gradient norms to have seen before one can look wrong."""
@@ -66,6 +66,7 @@ class Policy:
         credit: Gradient evaluations that may be spent on top of that.
 
     Raises:
+        TypeError: Not a number.
         ValueError: A number out of its range.
     """
 
@@ -84,6 +85,10 @@ class Policy:
                 f'margin must be a number in (0, 1], the fraction of the stability limit to use, or "auto"; '
                 f"got {self.margin!r}"
             )
+        for name in ("margin_max", "trial_slack", "growth", "max_overhead", "credit"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name} must be a number, got {value!r}")
         for name, ok, allowed in (
             ("margin_max", self.margin_max >= MARGIN_MIN, f"at least {MARGIN_MIN}"),
             ("trial_slack", 0 < self.trial_slack <= 1, "in (0, 1]"),
@@ -191,7 +196,7 @@ def next_trial_gap(gap: int, *, failed: bool, max_overhead: float) -> int:
         >>> next_trial_gap(8, failed=False, max_overhead=0.05), next_trial_gap(8, failed=True, max_overhead=0.05)
         (10, 4)
     """
-    longest = math.ceil(2 / 3 / (TRIAL_PART * max_overhead)) if max_overhead > 0 else 1_000
+    longest = max(2, math.ceil(2 / 3 / (TRIAL_PART * max_overhead))) if max_overhead > 0 else 1_000
     return max(2, gap // 2) if failed else min(longest, math.ceil(1.25 * gap))
 
 
@@ -207,7 +212,7 @@ def affordable(policy: Policy, *, updates: int, spent: float, alarm: bool) -> fl
         40.0
     """
     credit = policy.credit if alarm else (1 - RESERVE) * policy.credit
-    return credit + policy.max_overhead * updates - spent
+    return credit + (policy.max_overhead * updates if updates else 0.0) - spent
 
 
 @dataclass(frozen=True)
