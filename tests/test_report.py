@@ -12,7 +12,7 @@ import pytest
 from test_loggers import Quiet, play
 
 from safe_lr.decisions import ACTIONS, Decision
-from safe_lr.loggers import JsonlLogger, Records, read_jsonl
+from safe_lr.loggers import JsonlLogger, Logger, Records, read_jsonl
 from safe_lr.plots import HEIGHT, POINTS, Axis, Chart, curve, layout, linear_axis, log_axis, lr_curve, spread, thin
 from safe_lr.report import render, select, write_report
 
@@ -330,4 +330,5 @@ def test_lr_curve_draws_the_numbers(run: tuple[Records, dict[str, Any]], tmp_pat
 
 
 def test_quiet_loggers_are_loggers() -> None:
+    assert isinstance(Quiet(), Logger)
     play([Quiet()], 3)
