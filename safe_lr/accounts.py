@@ -10,9 +10,6 @@ from safe_lr.decisions import Action, Decision, Summary
 from safe_lr.measurement import Measurement
 from safe_lr.policies import NormTrend
 
-FIRST_COST = 8.0
-"""Gradient evaluations that the first measurement is expected to need: a graph, three products, a trial."""
-
 FIGURES = ("lr_limit", "gamma", "lambda_max", "p_min", "p_eff")
 """A measurement's figures that stay in force until the next one."""
 
@@ -22,15 +19,16 @@ class State:
     """Everything that a resumed run must remember, as plain numbers."""
 
     margin: float
+    expected_cost: float  # of the next routine measurement
     updates: int = 0
     young: bool | None = None  # whether the optimizer had no state before our first update
     cap: float | None = None
     flips: list[float] = field(default_factory=list)  # each group's c at the limit in `figures["lr_limit"]`
     due_at: int = 0
     gap: int = 0  # updates between routine measurements; 0 before the first
+    retry: int = 0  # updates until a failed measurement is tried again; 0 after a good one
     trial_at: int = 0
     trial_gap: int = 2
-    expected_cost: float = FIRST_COST
     trend: NormTrend = field(default_factory=NormTrend)
     measurements: int = 0
     failures: int = 0
@@ -49,6 +47,10 @@ class State:
         self.num_matvecs += found.num_matvecs
         self.cost += found.cost
         self.seconds += found.seconds
+
+    def keep(self, found: Measurement) -> None:
+        """Keeps a measurement's figures until the next one."""
+        self.figures.update({name: value for name in FIGURES if (value := getattr(found, name)) is not None})
 
     def explain(self, found: Measurement, before: float, after: float, *, capped: bool) -> tuple[Action, str]:
         """Returns what a measurement did to the lr of the reference group, and the sentence that says why."""

@@ -150,6 +150,7 @@ def modules_in(closure: Callable[..., object]) -> list[nn.Module]:
         >>> modules_in(lambda: model(torch.ones(2)))
         [Linear(in_features=2, out_features=1, bias=True)]
     """
+    closure = inspect.unwrap(closure)
     found: list[object] = [closure, getattr(closure, "__self__", None)]
     if isinstance(closure, functools.partial):
         found += [*closure.args, *closure.keywords.values()]

@@ -165,7 +165,8 @@ class Eigenproblem:
             `Measurement`'s figures by name.
         """
         smallest, smallest_in_shares = self._smallest_p()
-        gamma = self._top("gamma", [m.share for m in self.movers])
+        reserved = MIN_MATVECS if bound == "lemma1" else 0
+        gamma = self._top("gamma", [m.share for m in self.movers], reserved=reserved)
         limits: dict[str, float] = {}
         converged = gamma.converged
         for name, weights in (
@@ -223,7 +224,13 @@ class Eigenproblem:
         return self.max_matvecs - self.num_matvecs
 
     def _top(
-        self, name: str, weights: list[float] | None, decay: Sequence[float] = (), start: Tensor | None = None
+        self,
+        name: str,
+        weights: list[float] | None,
+        decay: Sequence[float] = (),
+        *,
+        start: Tensor | None = None,
+        reserved: int = 0,
     ) -> EigenEstimate:
         """The largest eigenvalue of D^1/2 H D^1/2 + diag(decay), D = weights / P (the identity without weights)."""
         if weights is None:
@@ -239,7 +246,7 @@ class Eigenproblem:
             lambda v: self._matvec(v, scales, decay or [0.0] * len(scales)),
             start_vector(self.like, self.seed, start),
             tol=self.tol,
-            max_matvecs=max(1, self._left()),
+            max_matvecs=max(1, self._left() - reserved),
             min_matvecs=MIN_MATVECS,
         )
         self.num_matvecs += estimate.num_matvecs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 import weakref
@@ -16,10 +17,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from safe_lr.accounts import FIGURES, FIRST_COST, State
+from safe_lr.accounts import State
 from safe_lr.closures import Closure
+from safe_lr.controller import Controller
 from safe_lr.decisions import Action, Decision, Summary
-from safe_lr.eigenproblem import MeasurementFailed, movers
+from safe_lr.eigenproblem import MeasurementFailed, Mover, movers
+from safe_lr.hooks import around_updates
 from safe_lr.loggers import Logger, is_stop_request, resolve
 from safe_lr.loggers.broadcast import Broadcast
 from safe_lr.measurement import (
@@ -32,21 +35,15 @@ from safe_lr.measurement import (
     measure_step,
     try_step,
 )
-from safe_lr.policies import (
-    FREE_UPDATES,
-    TRIAL_PART,
-    Policy,
-    affordable,
-    learned_margin,
-    next_cap,
-    next_gap,
-    next_trial_gap,
-)
+from safe_lr.neighbours import Neighbours
+from safe_lr.policies import Policy
 from safe_lr.preconditioners import decays, preconditioner_of
 from safe_lr.rates import Rates
 
 HISTORY = 10_000
 """Decisions kept in memory."""
+
+_neighbours = Neighbours()
 
 
 class CoherenceGuard:
@@ -118,19 +115,36 @@ class CoherenceGuard:
         self.optimizer = optimizer
         self.settings = Settings(bound, curvature, hvp, tol, max_matvecs, cautious=True)
         self.policy = Policy(margin, margin_max, trial_slack, growth, max_overhead, credit)
+        self._controller = Controller(self.policy, self.settings.least_cost)
         self.rates = Rates(optimizer)
         self.history: deque[Decision] = deque(maxlen=HISTORY)
         self.last_measurement: Measurement | None = None
         self._warm_start, self._lambda_every, self._on_failure, self._seed = warm_start, lambda_every, on_failure, seed
-        self._restore = restore
+        self.restore = restore
         self._probe = probe
         self._observed: Closure | None = None
-        self._state = State(margin=self.policy.first_margin)
         self._vectors: dict[str, Tensor] = {}
         self._warned: set[str] = set()
         self._closed = False
         self._log = Broadcast(resolve(loggers, log_path), self._config)
-        self._hook()
+        self._succeed()
+        handles = around_updates(optimizer, self._prepare, self._after)
+        # Once the guard is gone, or the process ends, the optimizer has its desired lr and no hook of ours.
+        self._at_exit = weakref.finalize(self, _leave, handles, self.rates)
+
+    def _succeed(self) -> None:
+        """Takes the optimizer over from an earlier guard: two would take each other's caps for somebody's wish."""
+        for earlier in _neighbours.on(self.optimizer):
+            if earlier.summary().steps:
+                warnings.warn(
+                    "this optimizer already had a safe_lr scheduler; that one is closed, the new one takes over. "
+                    "close() the old one first to go without this warning.",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
+            earlier.close()
+        self.rates.read()
+        _neighbours.join(self)
 
     # ---- what the user calls
 
@@ -152,8 +166,7 @@ class CoherenceGuard:
     @property
     def due(self) -> bool:
         """Whether the coming update will measure; an alarm can make one that is not due do so too."""
-        state = self._state
-        return state.updates >= state.due_at and self._affordable(alarm=False) >= state.expected_cost
+        return self._controller.due()
 
     @property
     def last_decision(self) -> Decision | None:
@@ -190,64 +203,25 @@ class CoherenceGuard:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores `state_dict()`; load the optimizer's too, in either order."""
         self.rates.load_state_dict(state_dict["rates"])
-        self._state = State.from_state_dict(state_dict["state"])
-        if self.policy.learns:
-            self._state.margin = min(self._state.margin, self.policy.margin_max)
-        else:
-            self._state.margin = self.policy.first_margin
+        self._controller.restore(State.from_state_dict(state_dict["state"]))
         self._vectors = dict(state_dict["vectors"])
 
     def close(self) -> None:
         """Detaches from the optimizer, gives it back its desired lr, and closes the loggers. Safe to call twice."""
         self._closed = True
+        _neighbours.leave(self)
         self._at_exit()
         if self._log:
             self._log.close(self.summary().to_dict())
 
     # ---- around optimizer.step()
 
-    def _hook(self) -> None:
-        me = weakref.ref(self)  # the optimizer must not keep a guard alive that everyone else has dropped
-
-        def before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-            guard = me()
-            return guard._before(args, kwargs) if guard is not None else None
-
-        def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            guard = me()
-            if guard is not None:
-                guard._after()
-
-        optimizer = self.optimizer
-        self._handles = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
-        # Once the guard is gone, or the process ends, the optimizer has its desired lr and no hook of ours.
-        self._at_exit = weakref.finalize(self, _leave, self._handles, self.rates)
-
-    def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        """The pre-hook. In `optimizer.step(closure)` there are no gradients yet: act once that closure has run."""
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
-            self._prepare()
-            return None
-
-        def prepared() -> Any:
-            loss = closure()
-            self._prepare()
-            return loss
-
-        if "closure" in kwargs:
-            return args, {**kwargs, "closure": prepared}
-        return (args[0], prepared, *args[2:]), kwargs
-
-    def _skipped(self) -> bool:
-        """Whether a fused optimizer is about to drop this update because a gradient overflowed (GradScaler)."""
-        found_inf = getattr(self.optimizer, "found_inf", None)
-        return found_inf is not None and bool(found_inf)
+    @property
+    def _state(self) -> State:
+        return self._controller.state
 
     def _prepare(self) -> None:
         """Before the update: measures where that is due or something looks wrong, moves the cap, writes the lrs."""
-        if self._skipped():
-            return
         state = self._state
         self.rates.read()
         if state.young is None:
@@ -257,9 +231,7 @@ class CoherenceGuard:
         norm = self._gradient_norm()
         usual, alarm = state.trend, state.trend.alarming(norm)
         state.trend = usual.after(norm)
-        if (state.updates >= state.due_at or alarm) and self._affordable(alarm) >= min(
-            state.expected_cost, FIRST_COST if alarm else math.inf
-        ):
+        if self._controller.due(alarm=alarm):
             closure = self._probe or self._observed
             if closure is not None:
                 jump = f"the gradient norm is {norm:.3g}, usual is {math.exp(usual.mean):.3g}" if alarm else None
@@ -272,18 +244,11 @@ class CoherenceGuard:
             )
         if state.cap is not None:
             self._follow_rule()
-            if self._observed is not None and self._trial_due():
+            if self._observed is not None and self._probe is None and self._controller.trial_due(self.rates.lr_ref):
                 self._try(self._observed)
                 return
-            state.cap = self._cap_under(state.figures["lr_limit"])
+            state.cap = self._controller.cap_under(state.figures["lr_limit"])
         self.apply()
-
-    def _trial_due(self) -> bool:
-        state = self._state
-        binding = state.cap is not None and self.rates.lr_ref > state.cap
-        wanted = self.policy.learns and self._probe is None and state.updates >= state.trial_at
-        left = affordable(self.policy, updates=state.updates, spent=0.0, alarm=False) * TRIAL_PART - state.trial_cost
-        return binding and wanted and min(left, self._affordable(alarm=False)) >= 2 * COST_OF_LOSS
 
     def _follow_rule(self) -> None:
         """Carries the limit over to the coming step: gamma stays until it is measured again, c is known at each.
@@ -310,9 +275,15 @@ class CoherenceGuard:
         if not self._closed:
             self.rates.apply(self._state.cap)
 
-    def _after(self) -> None:
+    def coming_lrs(self) -> list[float]:
+        """Returns the lr of each group under the cap in force, whatever `param_groups` show."""
+        self.rates.read()
+        return self.rates.capped_at(None if self._closed else self._state.cap)
+
+    def _after(self, updated: bool) -> None:
+        """After the update: counts it, and drops the closure."""
         self._observed = None  # it binds late and holds a batch
-        if self._skipped():
+        if not updated:
             return
         state = self._state
         if self.rates.capped:
@@ -322,7 +293,7 @@ class CoherenceGuard:
         if self._log:
             self._log.step(self._row())
         state.updates += 1
-        if self._restore:
+        if self.restore:
             self.rates.give_back()
 
     def _gradient_norm(self) -> float:
@@ -335,46 +306,42 @@ class CoherenceGuard:
 
     def _try(self, closure: Closure) -> None:
         """Between measurements, while the cap binds: lets a trial step alone move the learned margin."""
-        state, limit = self._state, self._state.figures["lr_limit"]
+        state, limit, lr_ref = self._state, self._state.figures["lr_limit"], self.rates.lr_ref
         try:
-            moving = movers(self.optimizer, self.rates.present_shares(), state.updates + 1 if state.young else None)
-            found = try_step(moving, closure, self._planned(limit) / self.policy.trial_slack)
+            lr = self._controller.planned(limit, lr_ref) / self.policy.trial_slack
+            found = try_step(self._movers(self.rates.present_shares()), closure, lr)
         except Exception as error:  # noqa: BLE001 (raised again or recorded)
             found = self._excused(error)
         state.count(found)
         state.trial_cost += found.cost
         found = replace(found, lr_limit=limit)
-        failed, moved = self._learn(found, None)
-        state.trial_gap = next_trial_gap(state.trial_gap, failed=failed, max_overhead=self.policy.max_overhead)
-        state.trial_at = state.updates + state.trial_gap
-        state.cap = self._cap_under(limit)
+        moved = self._controller.settle_trial(found, lr_ref)
         self.apply()
         if moved is not None or found.failure is not None:
             action: Action = "margin" if moved is not None else "hold"
             lr = self.rates.applied[self.rates.reference]
             self._record(action, moved or f"{found.failure}; the cap {state.cap:.3g} stays", found, lr, lr)
 
-    def _affordable(self, alarm: bool) -> float:
-        return affordable(self.policy, updates=self._state.updates, spent=self._state.cost, alarm=alarm)
+    def _movers(self, shares: Sequence[float]) -> list[Mover]:
+        return movers(self.optimizer, shares, self._state.updates + 1 if self._state.young else None)
 
     def _measured(self, closure: Closure, alarm: bool) -> Measurement:
         """Measures the coming step; whatever goes wrong becomes the measurement's `failure`."""
-        state = self._state
-        room = (self._affordable(alarm) - COST_OF_GRAPH - COST_OF_LOSS) / COST_OF_PRODUCT
-        products = int(min(room, self.settings.max_matvecs))
+        state, control = self._state, self._controller
+        room = (control.affordable(alarm=alarm) - COST_OF_GRAPH - COST_OF_LOSS) / COST_OF_PRODUCT
         try:
-            moving = movers(self.optimizer, self.rates.measured(), state.updates + 1 if state.young else None)
+            moving = self._movers(self.rates.measured())
             if self._probe is not None:
                 for mover in moving:
                     mover.grad = None  # P is that of a step taken on the probe
             found = measure_step(
                 moving,
-                closure,
-                replace(self.settings, max_matvecs=max(1, products)),
+                self._watched(closure),
+                replace(self.settings, max_matvecs=int(min(room, self.settings.max_matvecs))),
                 seed=self._seed + state.measurements,
                 also=("lemma1",) if (state.measurements + 1) % self._lambda_every == 0 else (),
                 warm=self._vectors if self._warm_start else None,
-                try_lr=self._lr_to_try if self.policy.learns else None,
+                try_lr=lambda found: control.lr_to_try(found.lr_limit, self.rates.lr_ref),
             )
             if found.failure is not None and self._on_failure == "raise":
                 raise MeasurementFailed(found.failure, found.num_matvecs)
@@ -383,7 +350,27 @@ class CoherenceGuard:
         state.measurements += 1
         state.count(found)
         self.last_measurement = replace(found, vectors={})
+        if not _neighbours.alone(self) and _neighbours.sharing(self):
+            self._warn_once(
+                "joint",
+                "two safe_lr schedulers act on one loss, each as if the other's parameters stood still. Their joint "
+                "limit can be half of each: give all parameters to one optimizer, as groups, or set margin=0.25.",
+            )
         return found
+
+    def _watched(self, closure: Closure) -> Closure:
+        """The closure, seen by the neighbours, if there are any."""
+        if _neighbours.alone(self):
+            return closure
+
+        @functools.wraps(closure)
+        def watched() -> Tensor:
+            loss = closure()
+            if isinstance(loss, Tensor):
+                _neighbours.saw(self, loss)
+            return loss
+
+        return watched
 
     def _excused(self, error: Exception) -> Measurement:
         """Turns an error into a failed measurement, unless the user wants it raised or it asks training to stop."""
@@ -394,35 +381,14 @@ class CoherenceGuard:
         self._warn_once("failure", f"safe_lr could not measure ({failure}); training goes on under the last cap.")
         return Measurement(bound=self.settings.bound, failure=failure, cost=COST_OF_GRAPH)
 
-    def _planned(self, lr_limit: float) -> float:
-        """The lr of the coming step under the present margin, in units of lr_ref."""
-        return min(self.rates.lr_ref, self._cap_under(lr_limit))
-
-    def _cap_under(self, lr_limit: float) -> float:
-        state = self._state
-        free = state.updates < FREE_UPDATES
-        return next_cap(state.cap, state.margin * lr_limit, self.policy.growth, free=free)
-
-    def _lr_to_try(self, found: Measurement) -> float | None:
-        planned = self._planned(found.lr_limit)
-        return planned / self.policy.trial_slack if planned > 0 else None
-
     def _decide(self, found: Measurement, jump: str | None) -> None:
         """Turns a measurement into a margin, a cap and applied lrs; `jump` says what looked wrong, if anything did."""
         state, group = self._state, self.rates.reference
         before = self.rates.applied[group]
-        failed, moved = False, None
         if found.failure is None:
             self._vectors = found.vectors if self._warm_start else {}
-            state.expected_cost = max(FIRST_COST, found.cost)
-            failed, moved = self._learn(found, jump)
-            state.cap = self._cap_under(found.lr_limit)
             state.flips = self._flips()
-            state.figures.update({k: v for k in FIGURES if (v := getattr(found, k)) is not None})
-        first = state.gap == 0
-        state.gap = next_gap(state.gap, alarm=first or jump is not None, trial_failed=failed)
-        state.due_at = state.updates + state.gap
-        state.trial_at = state.updates + state.trial_gap
+        _, moved = self._controller.settle(found, lr_ref=self.rates.lr_ref, jump=jump)
         self.apply()
         after = self.rates.applied[group]
         if found.failure is None:
@@ -430,29 +396,6 @@ class CoherenceGuard:
         self._record(*state.explain(found, before, after, capped=self.rates.capped), found, before, after)
         if moved is not None:
             self._record("margin", moved, replace(found, num_matvecs=0, cost=0.0, seconds=0.0), after, after)
-
-    def _learn(self, found: Measurement, jump: str | None) -> tuple[bool, str | None]:
-        """Moves the learned margin after a trial step; returns whether the trial failed, and what moved the margin."""
-        if found.trial_loss is None or found.trial_lr is None or found.loss is None:
-            return False, None
-        failed = not (math.isfinite(found.trial_loss) and found.trial_loss <= found.loss)
-        old = self._state.margin
-        self._state.margin = learned_margin(
-            old,
-            planned=self._planned(found.lr_limit),
-            desired=self.rates.lr_ref,
-            lr_limit=found.lr_limit,
-            trial_failed=failed,
-            alarm=jump is not None,
-            margin_max=self.policy.margin_max,
-        )
-        if self._state.margin == old:
-            return failed, None
-        why = jump or (
-            f"a step of lr {found.trial_lr:.3g} would move the batch's loss from {found.loss:.4g} to "
-            f"{found.trial_loss:.4g}"
-        )
-        return failed, f"margin {old:.3g} -> {self._state.margin:.3g}: {why}"
 
     def _record(self, action: Action, reason: str, found: Measurement, before: float, after: float) -> None:
         group = self.rates.reference

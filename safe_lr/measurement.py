@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from safe_lr.closures import Closure, leave_no_trace
-from safe_lr.eigenproblem import BOUNDS, Eigenproblem, MeasurementFailed, Mover, movers, shares
+from safe_lr.eigenproblem import BOUNDS, MIN_MATVECS, Eigenproblem, MeasurementFailed, Mover, movers, shares
 from safe_lr.operators import exact_hessian
 
 CURVATURES = ("hessian",)
@@ -58,8 +58,19 @@ class Settings:
             raise ValueError(f"tol must lie in (0, 1), got {self.tol!r}")
         if not isinstance(self.max_matvecs, int):
             raise TypeError(f"max_matvecs must be an integer, got {self.max_matvecs!r}")
-        if self.max_matvecs < 1:
-            raise ValueError(f"max_matvecs must be at least 1, got {self.max_matvecs!r}")
+        if self.max_matvecs < MIN_MATVECS:
+            raise ValueError(
+                f"max_matvecs must be at least {MIN_MATVECS}, for fewer products tell no eigenvalue; got "
+                f"{self.max_matvecs!r}"
+            )
+
+    @property
+    def least_cost(self) -> float:
+        """Gradient evaluations of the cheapest measurement: a graph, the least products, a trial step.
+
+        Lemma 1 needs lambda_max beside gamma.
+        """
+        return COST_OF_GRAPH + COST_OF_PRODUCT * MIN_MATVECS * (1 + (self.bound == "lemma1")) + COST_OF_LOSS
 
 
 @dataclass(frozen=True)

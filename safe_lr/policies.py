@@ -171,18 +171,34 @@ def learned_margin(
 def next_gap(gap: int, *, alarm: bool, trial_failed: bool) -> int:
     """Returns the updates until the next routine measurement.
 
-    GAP_FIRST after an alarm, as many as before after a failed trial, else GAP_FACTOR times as many.
+    GAP_FIRST after the first one (gap 0) and after an alarm, as many as before after a failed trial, else GAP_FACTOR
+    times as many.
 
     The budget (`affordable`) is what sets the gaps in the long run; growing ones spend the credit early, where the
     curvature moves fastest, and spread it over all scales of time.
 
     Example:
-        >>> next_gap(12, alarm=False, trial_failed=False), next_gap(12, alarm=True, trial_failed=False)
-        (36, 4)
+        >>> next_gap(0, alarm=False, trial_failed=False), next_gap(12, alarm=False, trial_failed=False)
+        (4, 36)
+        >>> next_gap(12, alarm=True, trial_failed=False), next_gap(12, alarm=False, trial_failed=True)
+        (4, 12)
     """
-    if alarm:
+    if alarm or gap == 0:
         return GAP_FIRST
     return gap if trial_failed else GAP_FACTOR * gap
+
+
+def next_retry(retry: int) -> int:
+    """Returns the updates until a failed measurement is tried again: 1, 2, 4, ... while it goes on failing.
+
+    At once, because without a limit the run is unprotected or under an old one; ever more rarely, because what fails
+    for ever (a closure that raises) must not eat the credit.
+
+    Example:
+        >>> next_retry(0), next_retry(1), next_retry(2)
+        (1, 2, 4)
+    """
+    return max(1, 2 * retry)
 
 
 def next_trial_gap(gap: int, *, failed: bool, max_overhead: float) -> int:

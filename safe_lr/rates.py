@@ -101,8 +101,8 @@ class Rates:
         grown = any(new > DRIFT * old for new, old in zip(now, self.shares, strict=False))
         return bool(self.shares) and (len(now) != len(self.shares) or grown)
 
-    def apply(self, cap: float | None) -> None:
-        """Writes `desired * scale`, one scale for all groups; writes nothing where the cap does not bind.
+    def capped_at(self, cap: float | None) -> list[float]:
+        """Returns `desired * scale`, one scale for all groups: the lrs to apply under a cap.
 
         No group's lr comes above the share of the cap that was measured for it. That stays safe where shares have
         changed since, because lambda_max of D^1/2 H D^1/2 only grows with D. A group that had no share is not held to a
@@ -111,8 +111,12 @@ class Rates:
         Args:
             cap: Largest allowed lr_ref, None for no cap.
         """
-        known = [(lr, share) for lr, share in zip(self.desired, self.shares, strict=False) if lr > 0 and share > 0]
-        scale = 1.0 if cap is None or not known else min(1.0, *(cap * share / lr for lr, share in known))
+        scale = self._scale(cap)
+        return [lr * scale for lr in self.desired]
+
+    def apply(self, cap: float | None) -> None:
+        """Writes `capped_at(cap)`; writes nothing where the cap does not bind."""
+        scale = self._scale(cap)
         for index, group in enumerate(self.optimizer.param_groups):
             if scale < 1:
                 _write(group, self.desired[index] * scale)
@@ -120,6 +124,10 @@ class Rates:
             elif self._written[index] is not None:
                 _write(group, self.desired[index])
                 self._written[index] = None
+
+    def _scale(self, cap: float | None) -> float:
+        known = [(lr, share) for lr, share in zip(self.desired, self.shares, strict=False) if lr > 0 and share > 0]
+        return 1.0 if cap is None or not known else min(1.0, *(cap * share / lr for lr, share in known))
 
     def state_dict(self) -> dict[str, Any]:
         """Returns plain lists of numbers."""

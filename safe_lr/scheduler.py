@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ConstantLR, LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, LRScheduler, ReduceLROnPlateau, SequentialLR
 
 from safe_lr.closures import Closure
 from safe_lr.decisions import Decision, Summary
@@ -27,7 +28,9 @@ class CoherenceScheduler(LRScheduler):
 
     The desired lr is that of any torch schedule inside; the limit is measured from time to time, just before an update,
     on the batch that was observed. While nothing is capped every lr is torch's, to the bit, and no cap ever leaks into
-    a schedule that computes its next lr from the present one.
+    a schedule that computes its next lr from the present one. `param_groups` show the applied lr. In a `SequentialLR`
+    or a `ChainedScheduler` the cap exists inside `optimizer.step()` only, since the other members compute from what
+    they find in `param_groups`; `get_last_lr()` tells the applied lr there too.
 
         scheduler = CoherenceScheduler(optimizer, schedule=lambda opt: CosineAnnealingLR(opt, T_max=steps))
         for x, y in loader:
@@ -135,8 +138,11 @@ class CoherenceScheduler(LRScheduler):
             seed=seed,
             restore=False,
         )
-        self.optimizer = optimizer
-        self._schedule = _made(schedule, optimizer)
+        try:
+            self._schedule = _made(schedule, optimizer)
+        except BaseException:
+            self._guard.close()  # no hook stays behind
+            raise
         self._guard.rates.read()
 
     # ---- measuring
@@ -206,6 +212,8 @@ class CoherenceScheduler(LRScheduler):
 
     def get_last_lr(self) -> list[float | Tensor]:
         """Returns the applied lr of each group (a copy where it is a tensor)."""
+        if self._guard.restore:
+            return [*self._guard.coming_lrs()]
         return [lr.clone() if isinstance(lr := group["lr"], Tensor) else lr for group in self.optimizer.param_groups]
 
     def get_desired_lr(self) -> list[float]:
@@ -236,6 +244,19 @@ class CoherenceScheduler(LRScheduler):
         self._schedule.load_state_dict(state_dict["schedule"])
 
     # SequentialLR and ChainedScheduler reach into these.
+
+    @property
+    def optimizer(self) -> Optimizer:  # type: ignore[override]
+        """The optimizer whose lr this is."""
+        # Both read it when they are made, and nothing else tells a member that it has become one.
+        if isinstance(sys._getframe(1).f_locals.get("self"), (SequentialLR, ChainedScheduler)):
+            self._guard.restore = True
+            self._guard.rates.give_back()
+        return self._guard.optimizer
+
+    @property
+    def _last_lr(self) -> list[float | Tensor]:  # type: ignore[override]
+        return self.get_last_lr()
 
     @property
     def last_epoch(self) -> int:
@@ -276,7 +297,8 @@ class _Desired:
 
     def __exit__(self, *error: object) -> None:
         self.guard.rates.read()
-        self.guard.apply()
+        if not self.guard.restore:
+            self.guard.apply()
 
 
 def _made(schedule: Schedule, optimizer: Optimizer) -> LRScheduler:

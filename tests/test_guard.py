@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 
-from safe_lr import CoherenceGuard, CoherenceScheduler, Decision
+from safe_lr import CoherenceGuard, Decision
 from safe_lr.policies import FREE_UPDATES, MARGIN_MIN, MARGIN_START
 from tests.cases import Case
 
@@ -165,6 +165,8 @@ def test_an_uncapped_run_is_the_same_to_the_bit(case: Case) -> None:
         {},
         {"credit": 12, "max_overhead": 0.3},
         {"bound": "lemma1", "credit": 20},
+        {"bound": "lemma1", "credit": 30},
+        {"bound": "lemma1", "credit": 60, "tol": 1e-6},
         {"credit": 0, "max_overhead": 0.2},
         {"lambda_every": 1, "tol": 1e-6},
     ],
@@ -583,15 +585,7 @@ def test_a_guard_that_is_gone_leaves_nothing_for_the_end_of_the_process() -> Non
     assert atexit._ncallbacks() == before
 
 
-def test_a_scheduler_that_could_not_be_made_leaves_no_hooks() -> None:
-    optimizer = SGD([nn.Parameter(torch.ones(2))], lr=0.1)
-    with pytest.raises(TypeError, match="must be a torch scheduler"):
-        CoherenceScheduler(optimizer, 3, loggers=None)
-    gc.collect()
-    assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
-
-
-# measurement, or never.
+# Refused when the guard is made: a wrong type would else show in the first measurement, or never.
 @pytest.mark.parametrize(
     ("option", "value"),
     [
@@ -635,3 +629,68 @@ def test_groups_keep_their_ratio_under_one_scale(make: Any, bound: str) -> None:
     optimizer.step()
     assert inside[0][0] / inside[0][1] == pytest.approx(3.0, rel=1e-12)
     assert inside[0][0] == pytest.approx(float(lemma1 if bound == "lemma1" else exact), rel=1e-6)
+
+
+# ---- several guards
+
+
+def test_a_first_measurement_that_fails_is_tried_again_at_once() -> None:
+    bowl = Bowl(credit=1e3)
+    with pytest.warns(RuntimeWarning, match="none left"):
+        bowl.run(observed=_raise(MemoryError("none left")))
+    for step in range(1, 12):
+        bowl.run(observed=_raise(MemoryError("none left")) if step < 6 else None)
+    held = [d.step for d in bowl.guard.history if d.action == "hold"]
+    assert held == [0, 1, 3]  # after 1, 2, 4 updates
+    assert bowl.inside[6] == 100.0 and bowl.inside[7] == pytest.approx(CAP, rel=0.11)
+
+
+def test_a_new_guard_takes_the_optimizer_over() -> None:
+    bowl = Bowl().run(3)
+    with pytest.warns(RuntimeWarning, match=r"already had a safe_lr scheduler.*takes over"):
+        second = CoherenceGuard(bowl.optimizer, margin=0.25, loggers=None)
+    assert bowl.optimizer.param_groups[0]["lr"] == 100.0
+    first, bowl.guard = bowl.guard, second
+    bowl.run(2)
+    assert second.last_decision.lr_after == pytest.approx(CAP / 2, rel=0.11)
+    assert (first.summary().steps, second.summary().steps) == (3, 2)
+    # One that never saw an update was not in use: nothing to warn of.
+    CoherenceGuard(Bowl().optimizer, loggers=None)
+
+
+def _pair() -> tuple[list[nn.Parameter], list[CoherenceGuard]]:
+    params = [nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2)]
+    return params, [CoherenceGuard(SGD([p], lr=10.0), loggers=None) for p in params]
+
+
+def test_two_guards_on_one_loss_draw_one_warning() -> None:
+    (a, b), guards = _pair()
+    seen = []
+    for _ in range(4):
+        loss = (a * a + 1.9 * a * b + b * b).sum()
+        loss.backward()
+        for guard in guards:
+            guard.observe(lambda: (a * a + 1.9 * a * b + b * b).sum())
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                guard.optimizer.step()
+            seen += [str(w.message) for w in caught]
+        a.grad = b.grad = None
+    assert len(seen) == 1 and "joint limit" in seen[0]
+    for guard in guards:
+        guard.close()
+
+
+def test_a_gan_is_not_one_loss() -> None:
+    (generator, critic), (first, second) = _pair()
+    for _ in range(6):  # warnings are errors
+        (generator * critic).square().sum().backward()
+        first.observe(lambda: (generator * critic).square().sum())
+        first.optimizer.step()
+        generator.grad = critic.grad = None
+        (generator.detach() * critic).square().sum().backward()
+        second.observe(lambda: (generator.detach() * critic).square().sum())
+        second.optimizer.step()
+        critic.grad = None
+    assert first.summary().measurements > 1 and second.summary().measurements > 1
+    first.close(), second.close()

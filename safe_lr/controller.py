@@ -1,0 +1,148 @@
+"""Between a measurement and the applied lr: the policy's functions at work on what a run remembers."""
+
+from __future__ import annotations
+
+import math
+
+from safe_lr.accounts import State
+from safe_lr.measurement import COST_OF_LOSS, Measurement
+from safe_lr.policies import (
+    FREE_UPDATES,
+    TRIAL_PART,
+    Policy,
+    affordable,
+    learned_margin,
+    next_cap,
+    next_gap,
+    next_retry,
+    next_trial_gap,
+)
+
+
+class Controller:
+    """Decides when to measure and how margin and cap move. Sees numbers only; all it remembers is in `state`.
+
+    Args:
+        policy: The settings.
+        least_cost: Gradient evaluations below which no measurement is worth starting.
+
+    Attributes:
+        state: What a resumed run must remember.
+
+    Example:
+        >>> controller = Controller(Policy(margin=0.5), least_cost=8.0)
+        >>> controller.due(), controller.state.cap
+        (True, None)
+        >>> controller.settle(Measurement(lr_limit=0.2), lr_ref=1.0, jump=None)
+        (False, None)
+        >>> controller.due(), controller.state.cap                   # the next measurement is due in four updates
+        (False, 0.1)
+    """
+
+    def __init__(self, policy: Policy, least_cost: float) -> None:
+        self.policy, self.least_cost = policy, least_cost
+        self.state = State(margin=policy.first_margin, expected_cost=least_cost)
+
+    def restore(self, state: State) -> None:
+        """Goes on from a saved state, under the present policy."""
+        self.state = state
+        self.state.margin = (
+            min(state.margin, self.policy.margin_max) if self.policy.learns else self.policy.first_margin
+        )
+
+    # ---- when
+
+    def due(self, *, alarm: bool = False) -> bool:
+        """Whether the coming update is to measure, in time and in cost. An alarm needs no more than the least cost."""
+        state = self.state
+        if not (alarm or state.updates >= state.due_at):
+            return False
+        return self.affordable(alarm=alarm) >= (self.least_cost if alarm else state.expected_cost)
+
+    def affordable(self, *, alarm: bool) -> float:
+        """Returns the gradient evaluations that a measurement may cost now."""
+        return affordable(self.policy, updates=self.state.updates, spent=self.state.cost, alarm=alarm)
+
+    def trial_due(self, lr_ref: float) -> bool:
+        """Whether the coming update is to try its step without a measurement."""
+        state = self.state
+        binding = state.cap is not None and lr_ref > state.cap
+        if not (binding and self.policy.learns and state.updates >= state.trial_at):
+            return False
+        left = affordable(self.policy, updates=state.updates, spent=0.0, alarm=False) * TRIAL_PART - state.trial_cost
+        return min(left, self.affordable(alarm=False)) >= 2 * COST_OF_LOSS
+
+    # ---- how far
+
+    def cap_under(self, lr_limit: float) -> float:
+        """Returns the cap that a limit allows now."""
+        state = self.state
+        free = state.updates < FREE_UPDATES
+        return next_cap(state.cap, state.margin * lr_limit, self.policy.growth, free=free)
+
+    def planned(self, lr_limit: float, lr_ref: float) -> float:
+        """Returns the lr of the coming step under the present margin, in units of lr_ref."""
+        return min(lr_ref, self.cap_under(lr_limit))
+
+    def lr_to_try(self, lr_limit: float, lr_ref: float) -> float | None:
+        """Returns the lengthened lr to try on the batch, None where there is nothing to learn."""
+        planned = self.planned(lr_limit, lr_ref)
+        return planned / self.policy.trial_slack if self.policy.learns and planned > 0 else None
+
+    # ---- what follows
+
+    def settle(self, found: Measurement, *, lr_ref: float, jump: str | None) -> tuple[bool, str | None]:
+        """Takes a measurement in: moves margin, cap and the time of the next one.
+
+        Args:
+            found: The measurement. One that failed moves nothing but that time.
+            lr_ref: The largest desired lr.
+            jump: What looked wrong, if anything did.
+
+        Returns:
+            Whether the trial step failed, and what moved the margin, if it moved.
+        """
+        state, failed, moved = self.state, False, None
+        if found.failure is not None:
+            state.retry = next_retry(state.retry)
+            state.due_at = state.updates + state.retry
+        else:
+            state.expected_cost = max(self.least_cost, found.cost)
+            failed, moved = self._learn(found, lr_ref, jump)
+            state.cap = self.cap_under(found.lr_limit)
+            state.keep(found)
+            state.gap = next_gap(state.gap, alarm=jump is not None, trial_failed=failed)
+            state.due_at, state.retry = state.updates + state.gap, 0
+        state.trial_at = state.updates + state.trial_gap
+        return failed, moved
+
+    def settle_trial(self, tried: Measurement, lr_ref: float) -> str | None:
+        """Takes a trial step in: moves the margin; returns what moved it."""
+        state = self.state
+        failed, moved = self._learn(tried, lr_ref, None)
+        state.trial_gap = next_trial_gap(state.trial_gap, failed=failed, max_overhead=self.policy.max_overhead)
+        state.trial_at = state.updates + state.trial_gap
+        state.cap = self.cap_under(tried.lr_limit)
+        return moved
+
+    def _learn(self, found: Measurement, lr_ref: float, jump: str | None) -> tuple[bool, str | None]:
+        if found.trial_loss is None or found.trial_lr is None or found.loss is None:
+            return False, None
+        failed = not (math.isfinite(found.trial_loss) and found.trial_loss <= found.loss)
+        old = self.state.margin
+        self.state.margin = learned_margin(
+            old,
+            planned=self.planned(found.lr_limit, lr_ref),
+            desired=lr_ref,
+            lr_limit=found.lr_limit,
+            trial_failed=failed,
+            alarm=jump is not None,
+            margin_max=self.policy.margin_max,
+        )
+        if self.state.margin == old:
+            return failed, None
+        why = jump or (
+            f"a step of lr {found.trial_lr:.3g} would move the batch's loss from {found.loss:.4g} to "
+            f"{found.trial_loss:.4g}"
+        )
+        return failed, f"margin {old:.3g} -> {self.state.margin:.3g}: {why}"

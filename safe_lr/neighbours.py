@@ -1,0 +1,94 @@
+"""Guards side by side: one optimizer has one guard, and two on one loss are told that their limit is a joint one."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from safe_lr.decisions import Summary
+
+
+class Guarding(Protocol):
+    """What a guard is to its neighbours."""
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer that it guards."""
+        ...
+
+    def summary(self) -> Summary:
+        """What it has done so far."""
+        ...
+
+    def close(self) -> None:
+        """Detaches it."""
+        ...
+
+
+class Neighbours:
+    """The guards that are alive, and which parameters the loss of each one reaches."""
+
+    def __init__(self) -> None:
+        self._alive: weakref.WeakKeyDictionary[Guarding, set[int]] = weakref.WeakKeyDictionary()
+
+    def join(self, guard: Guarding) -> None:
+        """Adds a guard."""
+        self._alive[guard] = set()
+
+    def leave(self, guard: Guarding) -> None:
+        """Takes a guard out; one that is dropped leaves by itself."""
+        self._alive.pop(guard, None)
+
+    def on(self, optimizer: Optimizer) -> list[Guarding]:
+        """Returns the guards of an optimizer."""
+        return [guard for guard in self._alive if guard.optimizer is optimizer]
+
+    def alone(self, guard: Guarding) -> bool:
+        """Whether there is no other guard."""
+        return all(other is guard for other in self._alive)
+
+    def saw(self, guard: Guarding, loss: Tensor) -> None:
+        """Notes which parameters a guard's loss reaches."""
+        if not self._alive[guard]:
+            self._alive[guard] = {id(leaf) for leaf in leaves(loss)}
+
+    def sharing(self, guard: Guarding) -> list[Guarding]:
+        """Returns the others on the same loss: each one's loss reaches the other's parameters.
+
+        One way alone is no shared loss: a GAN's generator reaches its discriminator, not the other way round.
+        """
+        mine, reached = _ids(guard), self._alive[guard]
+        return [
+            other
+            for other, reaches in self._alive.items()
+            if other is not guard and reaches & mine and reached & _ids(other)
+        ]
+
+
+def leaves(loss: Tensor) -> Iterator[Tensor]:
+    """Yields the leaf tensors that a loss was computed from.
+
+    Example:
+        >>> import torch
+        >>> a, b = torch.ones(2, requires_grad=True), torch.ones(2)
+        >>> [leaf is a for leaf in leaves((a * b).sum())]
+        [True]
+    """
+    seen, stack = set(), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        stack += [parent for parent, _ in node.next_functions]
+
+
+def _ids(guard: Guarding) -> set[int]:
+    groups: Iterable[dict[str, list[Tensor]]] = guard.optimizer.param_groups
+    return {id(p) for group in groups for p in group["params"]}
