@@ -10,6 +10,9 @@ from safe_lr.decisions import Action, Decision, Summary
 from safe_lr.measurement import Measurement
 from safe_lr.policies import NormTrend
 
+SUMMED = 1.9
+"""From this ratio of training gradient to the closure's own on, several backward passes have probably been added up."""
+
 FIGURES = ("lr_limit", "gamma", "lambda_max", "p_min", "p_eff")
 """A measurement's figures that stay in force until the next one."""
 
@@ -23,7 +26,9 @@ class State:
     updates: int = 0
     young: bool | None = None  # whether the optimizer had no state before our first update
     cap: float | None = None
-    flips: list[float] = field(default_factory=list)  # each group's c at the limit in `figures["lr_limit"]`
+    measured_limit: float = math.nan  # `figures["lr_limit"]` follows it and c from one measurement to the next
+    flips: list[float | None] = field(default_factory=list)  # each parameter's c at that measurement, None: no gradient
+    following: bool = False  # whether c still moves
     due_at: int = 0
     gap: int = 0  # updates between routine measurements; 0 before the first
     retry: int = 0  # updates until a failed measurement is tried again; 0 after a good one
@@ -50,16 +55,22 @@ class State:
 
     def keep(self, found: Measurement) -> None:
         """Keeps a measurement's figures until the next one."""
+        self.measured_limit, self.following = found.lr_limit, True
         self.figures.update({name: value for name in FIGURES if (value := getattr(found, name)) is not None})
 
     def explain(self, found: Measurement, before: float, after: float, *, capped: bool) -> tuple[Action, str]:
         """Returns what a measurement did to the lr of the reference group, and the sentence that says why."""
         if found.failure is not None:
-            held = "no cap yet, the desired lr is applied"
+            held = "there is no cap yet: the desired lr is applied"
             if self.cap is not None:
                 held = f"the last cap {self.cap:.3g} is held"
             return "hold", f"{found.failure}; {held}"
         allowed = f"{self.margin:.3g} x limit {found.lr_limit:.3g}"
+        if (found.gradient_ratio or 0.0) > SUMMED:
+            allowed += (
+                f" (the training gradient is {found.gradient_ratio:.3g} times the closure's: where backward() calls "
+                "add up, the closure must return the sum of their losses)"
+            )
         if after < before:
             return "cap", f"lr {before:.3g} is above the cap {self.cap:.3g} = {allowed}"
         if after > before:

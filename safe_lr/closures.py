@@ -53,39 +53,63 @@ class _ModuleState:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.attributes = dict(vars(module))
-        self.buffers = dict(module._buffers)
-        self.values = {name: b.detach().clone() for name, b in self.buffers.items() if b is not None}
+        self.buffers = dict(module._buffers.items())
+        tensors = [*self.buffers.values(), *(a for a in self.attributes.values() if isinstance(a, Tensor))]
+        self.values = [(t, t.detach().clone()) for t in tensors if t is not None]
+        own = [(name, a) for name, a in self.attributes.items() if name not in _TORCHS]
+        self.lists = [(a, list(a)) for _, a in own if type(a) is list]
+        self.dicts = [(a, dict(a)) for _, a in own if type(a) is dict]
         self.parameters = [_ParameterState(p) for p in module._parameters.values() if p is not None]
 
     def restore(self) -> None:
+        for parameter in self.parameters:
+            parameter.restore()
         attributes = vars(self.module)
         for name in attributes.keys() - self.attributes.keys():
             del attributes[name]
         attributes.update(self.attributes)
-        self.module._buffers.clear()
-        self.module._buffers.update(self.buffers)
-        for name, value in self.values.items():
-            _write_back(self.buffers[name], value)
-        for parameter in self.parameters:
-            parameter.restore()
+        if not isinstance(self.module, torch.jit.ScriptModule):  # there the names are fixed
+            self.module._buffers.clear()
+            self.module._buffers.update(self.buffers)
+        for held, items in self.lists:
+            held[:] = items
+        for mapping, content in self.dicts:
+            mapping.clear()
+            mapping.update(content)
+        for tensor, value in self.values:
+            _write_back(tensor, value)
+
+
+_TORCHS = frozenset(vars(nn.Module()))
+"""Attributes that torch keeps on every module: its own dicts of parameters, buffers, children and hooks."""
 
 
 class _ParameterState:
-    """A parameter's gradient and `requires_grad`; the gradient is set aside meanwhile."""
+    """A parameter's gradient, `requires_grad` and tensor hooks; gradient and hooks are set aside meanwhile.
+
+    A hook that scales the gradient would be applied twice in a Hessian product, and it is the user's to count calls.
+    """
 
     def __init__(self, parameter: Tensor) -> None:
         self.parameter, self.grad, self.requires_grad = parameter, parameter.grad, parameter.requires_grad
+        self.hooks = parameter._backward_hooks
         parameter.grad = None
+        if self.hooks:
+            parameter._backward_hooks = None
 
     def restore(self) -> None:
         self.parameter.grad = self.grad
         if self.parameter.requires_grad != self.requires_grad:
             self.parameter.requires_grad_(self.requires_grad)
+        if self.hooks:
+            self.parameter._backward_hooks = self.hooks
 
 
-def _write_back(tensor: Tensor | None, value: Tensor) -> None:
+def _write_back(tensor: Tensor, value: Tensor) -> None:
     # Through .data, so that a graph the user holds does not see a new version; and only where something changed.
-    if tensor is not None and not torch.equal(tensor.detach(), value):
+    if tensor.shape != value.shape:
+        tensor.data = value
+    elif not torch.equal(tensor.detach(), value):
         tensor.data.copy_(value)
 
 
@@ -117,7 +141,10 @@ class Untouched:
                 "lambda: criterion(model(x), y)"
             )
         if not isinstance(loss, Tensor):
-            raise ClosureError(f"the closure must return the loss as a tensor, got {type(loss).__name__}; drop .item()")
+            got = type(loss).__name__
+            hint = {"NoneType": "did it forget to return?", "float": "drop .item()", "int": "drop .item()"}
+            mend = hint.get(got, "return the loss alone")
+            raise ClosureError(f"the closure must return the loss as a tensor, got {got}; {mend}")
         if loss.numel() != 1 or not loss.is_floating_point():
             raise ClosureError(
                 f"the closure must return one real number, got shape {tuple(loss.shape)}, {loss.dtype}; reduce it: "
@@ -143,11 +170,15 @@ class Untouched:
 
 
 def modules_in(closure: Callable[..., object]) -> list[nn.Module]:
-    """Returns the modules that a closure names: among its free variables, the globals it uses, what it is bound to.
+    """Returns the modules that a closure names: among its free variables, the globals it uses, what it is bound to, and
+    one level deep inside those (a trainer's `self.model`, a list of models).
 
     Example:
         >>> model = nn.Linear(2, 1)
         >>> modules_in(lambda: model(torch.ones(2)))
+        [Linear(in_features=2, out_features=1, bias=True)]
+        >>> holder = {"model": model}
+        >>> modules_in(lambda: holder["model"](torch.ones(2)))
         [Linear(in_features=2, out_features=1, bias=True)]
     """
     closure = inspect.unwrap(closure)
@@ -158,7 +189,18 @@ def modules_in(closure: Callable[..., object]) -> list[nn.Module]:
     if inspect.isfunction(closure) or inspect.ismethod(closure):
         names = inspect.getclosurevars(closure)
         found += [*names.nonlocals.values(), *names.globals.values()]
-    return [item for item in found if isinstance(item, nn.Module)]
+    found += [inner for item in list(found) for inner in _inside(item)]
+    return list(dict.fromkeys(item for item in found if isinstance(item, nn.Module)))
+
+
+def _inside(item: object) -> list[object]:
+    if isinstance(item, dict):
+        return list(item.values())
+    if isinstance(item, (list, tuple)):
+        return list(item)
+    if isinstance(item, (nn.Module, type)) or inspect.ismodule(item) or inspect.isroutine(item):
+        return []
+    return list(getattr(item, "__dict__", {}).values())
 
 
 @contextlib.contextmanager
@@ -167,8 +209,9 @@ def leave_no_trace(params: Sequence[Tensor]) -> Iterator[Untouched]:
 
     Put back are the parameters, their `.grad` (the very same tensors) and `requires_grad`; of every module that a
     closure names or calls: buffers (BatchNorm's statistics), attributes (train/eval mode, hidden states and caches kept
-    on `self`), gradients; and the global random streams of Python, NumPy and torch. Modules are found in the closure's
-    variables and by a forward pre-hook, so the model need not be handed over. In effect:
+    on `self`: tensors, lists, dicts), gradients; and the global random streams of Python, NumPy and torch. Modules are
+    found in the closure's variables and by a forward pre-hook, so the model need not be handed over. The parameters'
+    tensor hooks (`register_hook`) are set aside meanwhile. In effect:
 
         before = snapshot(); [p.grad = None for p in params]
         try: yield
@@ -195,24 +238,22 @@ def leave_no_trace(params: Sequence[Tensor]) -> Iterator[Untouched]:
     """
     rng = RandomState.capture([p.device for p in params])
     values = [p.detach().clone() for p in params]
-    held = [_ParameterState(p) for p in params]
     modules: dict[nn.Module, _ModuleState] = {}
 
     def remember(module: nn.Module, args: object = None) -> None:
         for child in module.modules():
             if child not in modules:
-                modules[child] = _ModuleState(child)
+                modules[child] = state = _ModuleState(child)
+                back.callback(state.restore)
 
-    handle = register_module_forward_pre_hook(remember)
-    try:
-        with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            yield Untouched(params, values, rng, remember)
-    finally:
-        handle.remove()
+    with contextlib.ExitStack() as back:  # undoes all of it, last first, also when one part fails
+        back.callback(rng.restore)
         for parameter, value in zip(params, values, strict=True):
-            _write_back(parameter, value)
-        for state in modules.values():
-            state.restore()
-        for parameter_state in held:
-            parameter_state.restore()
-        rng.restore()
+            back.callback(_ParameterState(parameter).restore)
+            back.callback(_write_back, parameter, value)
+        handle = register_module_forward_pre_hook(remember)
+        back.callback(handle.remove)
+        back.enter_context(torch.inference_mode(False))
+        back.enter_context(torch.enable_grad())
+        back.enter_context(sdpa_kernel(SDPBackend.MATH))
+        yield Untouched(params, values, rng, remember)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 from safe_lr.accounts import State
 from safe_lr.measurement import COST_OF_LOSS, Measurement
 from safe_lr.policies import (
     FREE_UPDATES,
+    SETTLED,
     TRIAL_PART,
     Policy,
     affordable,
@@ -89,6 +88,23 @@ class Controller:
         planned = self.planned(lr_limit, lr_ref)
         return planned / self.policy.trial_slack if self.policy.learns and planned > 0 else None
 
+    def follow(self, flips: list[float | None]) -> None:
+        """Carries the limit over to the coming step: gamma stays until it is measured again, c is known at each.
+
+        Where parameters differ, the limit rises by the smallest rise of their c: lambda_max of D^1/2 H D^1/2 falls at
+        least as much as every D does.
+
+        Args:
+            flips: Each parameter's c at the coming step, None where it does not move.
+        """
+        state = self.state
+        before = zip(state.flips, flips, strict=False)
+        rises = [now / then for then, now in before if then is not None and now is not None]
+        if not rises or len(flips) != len(state.flips):
+            return
+        old, state.figures["lr_limit"] = state.figures["lr_limit"], state.measured_limit * min(rises)
+        state.following = abs(state.figures["lr_limit"] - old) > SETTLED * old
+
     # ---- what follows
 
     def settle(self, found: Measurement, *, lr_ref: float, jump: str | None) -> tuple[bool, str | None]:
@@ -126,9 +142,9 @@ class Controller:
         return moved
 
     def _learn(self, found: Measurement, lr_ref: float, jump: str | None) -> tuple[bool, str | None]:
-        if found.trial_loss is None or found.trial_lr is None or found.loss is None:
+        failed = found.trial_failed
+        if failed is None:
             return False, None
-        failed = not (math.isfinite(found.trial_loss) and found.trial_loss <= found.loss)
         old = self.state.margin
         self.state.margin = learned_margin(
             old,
@@ -142,7 +158,7 @@ class Controller:
         if self.state.margin == old:
             return failed, None
         why = jump or (
-            f"a step of lr {found.trial_lr:.3g} would move the batch's loss from {found.loss:.4g} to "
-            f"{found.trial_loss:.4g}"
+            f"a trial step {1 / self.policy.trial_slack:.3g} times as long (lr {found.trial_lr:.3g}) would move the "
+            f"batch's loss from {found.loss:.4g} to {found.trial_loss:.4g}"
         )
         return failed, f"margin {old:.3g} -> {self.state.margin:.3g}: {why}"

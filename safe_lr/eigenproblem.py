@@ -58,7 +58,22 @@ def movers(optimizer: torch.optim.Optimizer, group_shares: Sequence[float], upda
 
 
 def _unscaled(grad: Tensor | None, scale: Tensor | None) -> Tensor | None:
-    return grad if grad is None or scale is None else grad / scale.to(grad.device)
+    if grad is None:
+        return None
+    grad = (grad.to_dense() if grad.is_sparse else grad).detach()
+    return grad if scale is None else grad / scale.to(grad.device)
+
+
+def ascends(moving: Sequence[Mover]) -> bool:
+    """Whether the step climbs (`maximize`).
+
+    Raises:
+        MeasurementFailed: Some groups climb and others descend.
+    """
+    signs = {bool(m.group.get("maximize", False)) for m in moving}
+    if len(signs) > 1:
+        raise MeasurementFailed("some groups maximize and others minimize: no single limit exists")
+    return True in signs
 
 
 @dataclass
@@ -133,10 +148,8 @@ class Eigenproblem:
             raise MeasurementFailed("the loss uses none of the optimizer's parameters")
         own = [g for g, keep in zip(curvature.gradient, self.kept, strict=True) if keep]
         self.grads = [m.grad if m.grad is not None else g for m, g in zip(self.movers, own, strict=True)]
-        signs = {bool(m.group.get("maximize", False)) for m in self.movers}
-        if len(signs) > 1:
-            raise MeasurementFailed("some groups maximize and others minimize: no single limit exists")
-        self.sign = -1.0 if signs.pop() else 1.0
+        self.sign = -1.0 if ascends(self.movers) else 1.0
+        self.own = own
         decays = [m.model.decay(m.group) for m in self.movers]
         self.l2 = [l2 for l2, _ in decays]
         self.decay = [m.share * decoupled for m, (_, decoupled) in zip(self.movers, decays, strict=True)]
@@ -183,6 +196,7 @@ class Eigenproblem:
             converged = converged and sharpness.converged
         shown = sharpness if sharpness is not None and bound == "lemma1" else gamma
         return {
+            "gradient_ratio": self._gradient_ratio(),
             "lambda_max": sharpness.value if sharpness is not None else None,
             "p_min": self._smallest_curved_p(smallest),
             "p_min_all": smallest,
@@ -195,6 +209,14 @@ class Eigenproblem:
             "converged": converged,
             "vectors": self.vectors,
         }
+
+    def _gradient_ratio(self) -> float | None:
+        """<training gradient, the closure's own> / <own, own>: about 1, k where k backward passes were added up."""
+        if all(m.grad is None for m in self.movers):
+            return None
+        trained, own = self._flat(self.grads), self._flat(self.own)
+        square = float(own @ own)
+        return float(trained @ own) / square if square > 0 else None
 
     def _eigenvalue(self, estimate: EigenEstimate) -> float:
         return estimate.upper if self.cautious else estimate.value

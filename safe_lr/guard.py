@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 import weakref
 from collections import deque
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from safe_lr.closures import Closure
 from safe_lr.controller import Controller
 from safe_lr.decisions import Action, Decision, Summary
 from safe_lr.eigenproblem import MeasurementFailed, Mover, movers
-from safe_lr.hooks import around_updates
+from safe_lr.hooks import around_updates, warn_user
 from safe_lr.loggers import Logger, is_stop_request, resolve
 from safe_lr.loggers.broadcast import Broadcast
 from safe_lr.measurement import (
@@ -136,11 +135,9 @@ class CoherenceGuard:
         """Takes the optimizer over from an earlier guard: two would take each other's caps for somebody's wish."""
         for earlier in _neighbours.on(self.optimizer):
             if earlier.summary().steps:
-                warnings.warn(
+                warn_user(
                     "this optimizer already had a safe_lr scheduler; that one is closed, the new one takes over. "
-                    "close() the old one first to go without this warning.",
-                    RuntimeWarning,
-                    stacklevel=4,
+                    "close() the old one first to go without this warning."
                 )
             earlier.close()
         self.rates.read()
@@ -201,7 +198,17 @@ class CoherenceGuard:
         return {"state": self._state.state_dict(), "rates": self.rates.state_dict(), "vectors": dict(self._vectors)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores `state_dict()`; load the optimizer's too, in either order."""
+        """Restores `state_dict()`; load the optimizer's too, in either order.
+
+        Raises:
+            ValueError: The state is not a guard's, or has another number of parameter groups.
+        """
+        missing = {"state", "rates", "vectors"} - set(state_dict)
+        if missing:
+            raise ValueError(
+                f"this is not a CoherenceGuard's state: {', '.join(sorted(missing))} missing"
+                + (". It is a CoherenceScheduler's: pass its ['guard']" if "guard" in state_dict else "")
+            )
         self.rates.load_state_dict(state_dict["rates"])
         self._controller.restore(State.from_state_dict(state_dict["state"]))
         self._vectors = dict(state_dict["vectors"])
@@ -213,6 +220,12 @@ class CoherenceGuard:
         self._at_exit()
         if self._log:
             self._log.close(self.summary().to_dict())
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a safe_lr scheduler cannot be copied or pickled, it is hooked to its optimizer: save state_dict(), make a "
+            "new one on the other optimizer, and load_state_dict()"
+        )
 
     # ---- around optimizer.step()
 
@@ -226,8 +239,10 @@ class CoherenceGuard:
         self.rates.read()
         if state.young is None:
             state.young = not any(self.optimizer.state.values())
-        if self.rates.drifted():
+        if self.rates.drifted() and not state.retry:
             state.due_at = min(state.due_at, state.updates)
+        if not self._gradients():
+            return  # nothing moves
         norm = self._gradient_norm()
         usual, alarm = state.trend, state.trend.alarming(norm)
         state.trend = usual.after(norm)
@@ -239,35 +254,31 @@ class CoherenceGuard:
                 return
             self._warn_once(
                 "observe",
-                "safe_lr was given no closure for this update: call scheduler.observe(lambda: criterion(model(x), y)) "
-                "between backward() and optimizer.step(). Training goes on; no new limit can be measured.",
+                "safe_lr was given no closure for this update: call observe(lambda: criterion(model(x), y)) on the "
+                "scheduler or guard between backward() and optimizer.step(). Training goes on; no new limit can be "
+                "measured.",
             )
         if state.cap is not None:
-            self._follow_rule()
+            if state.following and self.settings.bound == "momentum":
+                self._controller.follow(self._flips())
             if self._observed is not None and self._probe is None and self._controller.trial_due(self.rates.lr_ref):
                 self._try(self._observed)
                 return
             state.cap = self._controller.cap_under(state.figures["lr_limit"])
         self.apply()
 
-    def _follow_rule(self) -> None:
-        """Carries the limit over to the coming step: gamma stays until it is measured again, c is known at each.
-
-        Where groups differ, the limit rises by the smallest rise of their c: lambda_max of D^1/2 H D^1/2 falls at least
-        as much as every D does.
-        """
-        before, now = self._state.flips, self._flips()
-        if self.settings.bound == "momentum" and len(before) == len(now):
-            self._state.figures["lr_limit"] *= min(new / old for new, old in zip(now, before, strict=True))
-            self._state.flips = now
-
-    def _flips(self) -> list[float]:
-        """The update rule's c at the coming step, for each group."""
+    def _flips(self) -> list[float | None]:
+        """The update rule's c at the coming step for each parameter, None for those without gradient."""
         counted = self._state.updates + 1 if self._state.young else None
-        model, flips = preconditioner_of(self.optimizer), []
-        for group in self.optimizer.param_groups:
-            states = (self.optimizer.state.get(p, {}) for p in group["params"] if p.grad is not None)
-            flips.append(model.rule(group, next(states, {}), counted).flip)
+        model, known = preconditioner_of(self.optimizer), dict[Any, float]()
+        flips: list[float | None] = []
+        for index, group in enumerate(self.optimizer.param_groups):
+            for p in group["params"]:
+                state = self.optimizer.state.get(p, {})
+                key = index, len(state), int(state.get("step", 0))  # what a rule depends on
+                if p.grad is not None and key not in known:
+                    known[key] = model.rule(group, state, counted).flip
+                flips.append(known[key] if p.grad is not None else None)
         return flips
 
     def apply(self) -> None:
@@ -296,9 +307,12 @@ class CoherenceGuard:
         if self.restore:
             self.rates.give_back()
 
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+
     def _gradient_norm(self) -> float:
-        grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([g.coalesce().values() if g.is_sparse else g for g in grads])
+        grads = [g.coalesce().values() if g.is_sparse else g for g in self._gradients()]
+        norm = torch.nn.utils.get_total_norm(grads)
         scale = getattr(self.optimizer, "grad_scale", None)
         return float(norm if scale is None else norm / scale.to(norm.device))
 
@@ -329,8 +343,9 @@ class CoherenceGuard:
         """Measures the coming step; whatever goes wrong becomes the measurement's `failure`."""
         state, control = self._state, self._controller
         room = (control.affordable(alarm=alarm) - COST_OF_GRAPH - COST_OF_LOSS) / COST_OF_PRODUCT
+        shares = self.rates.present_shares()
         try:
-            moving = self._movers(self.rates.measured())
+            moving = self._movers(shares)
             if self._probe is not None:
                 for mover in moving:
                     mover.grad = None  # P is that of a step taken on the probe
@@ -347,6 +362,8 @@ class CoherenceGuard:
                 raise MeasurementFailed(found.failure, found.num_matvecs)
         except Exception as error:  # noqa: BLE001 (raised again or recorded)
             found = self._excused(error)
+        if found.failure is None:
+            self.rates.shares = shares
         state.measurements += 1
         state.count(found)
         self.last_measurement = replace(found, vectors={})
@@ -378,7 +395,8 @@ class CoherenceGuard:
             raise error
         first_line = next(iter(str(error).splitlines()), "")
         failure = f"{type(error).__name__}: {first_line}"
-        self._warn_once("failure", f"safe_lr could not measure ({failure}); training goes on under the last cap.")
+        under = "at the desired lr, UNPROTECTED" if self._state.cap is None else f"under the cap {self._state.cap:.3g}"
+        self._warn_once("failure", f"safe_lr could not measure ({failure}); training goes on {under}.")
         return Measurement(bound=self.settings.bound, failure=failure, cost=COST_OF_GRAPH)
 
     def _decide(self, found: Measurement, jump: str | None) -> None:
@@ -393,9 +411,9 @@ class CoherenceGuard:
         after = self.rates.applied[group]
         if found.failure is None:
             state.worst_utilisation = max(after / found.lr_limit, state.worst_utilisation or 0.0)
-        self._record(*state.explain(found, before, after, capped=self.rates.capped), found, before, after)
         if moved is not None:
-            self._record("margin", moved, replace(found, num_matvecs=0, cost=0.0, seconds=0.0), after, after)
+            self._record("margin", moved, replace(found, num_matvecs=0, cost=0.0, seconds=0.0), before, before)
+        self._record(*state.explain(found, before, after, capped=self.rates.capped), found, before, after)
 
     def _record(self, action: Action, reason: str, found: Measurement, before: float, after: float) -> None:
         group = self.rates.reference
@@ -423,7 +441,7 @@ class CoherenceGuard:
     def _warn_once(self, key: str, message: str) -> None:
         if key not in self._warned:
             self._warned.add(key)
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
+            warn_user(message)
 
 
 def _leave(handles: Sequence[RemovableHandle], rates: Rates) -> None:

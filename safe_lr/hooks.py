@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -69,6 +71,14 @@ def around_updates(
             method(not _dropped(optimizer))
 
     return [optimizer.register_step_pre_hook(pre), optimizer.register_step_post_hook(post)]
+
+
+def warn_user(message: str) -> None:
+    """Warns, pointing at the user's own line: the first frame outside safe_lr and torch."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("safe_lr", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, RuntimeWarning, stacklevel=level + 1)
 
 
 def _dropped(optimizer: Optimizer) -> bool:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from safe_lr.closures import Closure, leave_no_trace
-from safe_lr.eigenproblem import BOUNDS, MIN_MATVECS, Eigenproblem, MeasurementFailed, Mover, movers, shares
-from safe_lr.operators import exact_hessian
+from safe_lr.closures import Closure, ClosureError, leave_no_trace
+from safe_lr.eigenproblem import BOUNDS, MIN_MATVECS, Eigenproblem, MeasurementFailed, Mover, ascends, movers, shares
+from safe_lr.operators import Curvature, exact_hessian
 
 CURVATURES = ("hessian",)
 HVPS = ("auto", "exact")
@@ -97,6 +97,9 @@ class Measurement:
         failure: Why the measurement failed, in a sentence; None if it did not. The figures are then None or NaN.
         loss: Loss on the measured batch.
         trial_lr, trial_loss: The lr tried on that batch and the loss after it, None without a trial.
+        maximize: Whether the optimizer climbs.
+        gradient_ratio: The training gradient along the closure's own, in units of it: about 1 where both are of one
+            batch, k where k backward passes were added up. None without a training gradient.
         vectors: The eigenvectors found, for a warm start.
     """
 
@@ -120,7 +123,22 @@ class Measurement:
     loss: float | None = None
     trial_lr: float | None = None
     trial_loss: float | None = None
+    maximize: bool = False
+    gradient_ratio: float | None = None
     vectors: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def trial_failed(self) -> bool | None:
+        """Whether the trial step would make the batch's loss worse, or not finite; None without a trial.
+
+        Example:
+            >>> Measurement(loss=1.0, trial_loss=2.0).trial_failed, Measurement(loss=1.0).trial_failed
+            (True, None)
+        """
+        if self.trial_loss is None or self.loss is None:
+            return None
+        better = self.trial_loss >= self.loss if self.maximize else self.trial_loss <= self.loss
+        return not (math.isfinite(self.trial_loss) and better)
 
 
 def measure(
@@ -170,9 +188,14 @@ def measure(
     References:
         The source paper, Eq. 16-17, 20-21, 23.
     """
-    if closure is None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
-            "measure() needs a closure that returns the loss: measure(optimizer, lambda: criterion(model(x), y))"
+            f"measure() takes the optimizer first and a closure second, got {type(optimizer).__name__} first"
+        )
+    if not callable(closure):
+        raise TypeError(
+            "measure() needs a closure that returns the loss, measure(optimizer, lambda: criterion(model(x), y)); got "
+            f"{type(closure).__name__}"
         )
     settings = Settings(bound, curvature, hvp, tol, max_matvecs)
     lrs = [float(group["lr"]) for group in optimizer.param_groups]
@@ -213,11 +236,11 @@ def measure_step(
         loss = untouched.loss(closure)
         found = replace(found, loss=float(loss.detach()), cost=COST_OF_GRAPH)
         try:
-            if not math.isfinite(found.loss or 0.0):
-                raise MeasurementFailed(f"the loss is {found.loss}")
+            _check_finite(found.loss)
+            found = replace(found, maximize=ascends(moving))
             problem = Eigenproblem(
                 moving,
-                exact_hessian(loss, [m.param for m in moving]),
+                _hessian(loss, moving),
                 tol=settings.tol,
                 max_matvecs=settings.max_matvecs,
                 cautious=settings.cautious,
@@ -248,12 +271,36 @@ def try_step(moving: Sequence[Mover], closure: Closure, lr: float) -> Measuremen
         lr: In units of lr_ref.
 
     Returns:
-        A `Measurement` that holds `loss`, `trial_lr` and `trial_loss` alone.
+        A `Measurement` that holds `loss`, `trial_lr`, `trial_loss` and `maximize`, or a `failure`.
     """
     started = time.perf_counter()
-    with leave_no_trace([m.param for m in moving]) as untouched:
-        steps = [None if m.grad is None else m.coming_step(m.grad, lr) for m in moving]
-        loss = float(untouched.loss(closure).detach())
-        tried = untouched.loss_after(closure, steps)
-    seconds = time.perf_counter() - started
-    return Measurement(loss=loss, trial_lr=lr, trial_loss=tried, cost=2 * COST_OF_LOSS, seconds=seconds)
+    found = Measurement(cost=2 * COST_OF_LOSS)
+    try:
+        found = replace(found, maximize=ascends(moving))
+        with leave_no_trace([m.param for m in moving]) as untouched:
+            steps = [None if m.grad is None else m.coming_step(m.grad, lr) for m in moving]
+            loss = float(untouched.loss(closure).detach())
+            _check_finite(loss)
+            found = replace(found, loss=loss, trial_lr=lr, trial_loss=untouched.loss_after(closure, steps))
+    except MeasurementFailed as failed:
+        found = replace(found, failure=str(failed))
+    return replace(found, seconds=time.perf_counter() - started)
+
+
+def _check_finite(loss: float | None) -> None:
+    if loss is None or not math.isfinite(loss):
+        raise MeasurementFailed(f"the loss is {loss}")
+
+
+def _hessian(loss: Tensor, moving: Sequence[Mover]) -> Curvature:
+    if not moving:
+        raise MeasurementFailed("no parameter that requires grad is in a group with lr > 0: nothing moves")
+    try:
+        return exact_hessian(loss, [m.param for m in moving])
+    except RuntimeError as error:
+        if "second time" not in str(error):
+            raise
+        raise ClosureError(
+            "the closure returned a loss whose graph backward() has freed; let it compute the loss again: "
+            "lambda: criterion(model(x), y)"
+        ) from error

@@ -48,7 +48,8 @@ def exact_hessian(loss: Tensor, params: Sequence[Tensor]) -> Curvature:
     References:
         Pearlmutter 1994, "Fast exact multiplication by the Hessian".
     """
-    grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+    made = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+    grads = [None if g is None else _dense(g) for g in made]
     curved = [g for g in grads if g is not None and g.requires_grad]
 
     def product(vectors: Sequence[Tensor]) -> list[Tensor]:
@@ -56,7 +57,11 @@ def exact_hessian(loss: Tensor, params: Sequence[Tensor]) -> Curvature:
             return [torch.zeros_like(p) for p in params]
         weights = [v for v, g in zip(vectors, grads, strict=True) if g is not None and g.requires_grad]
         products = torch.autograd.grad(curved, params, weights, retain_graph=True, allow_unused=True)
-        return [torch.zeros_like(p) if h is None else h for h, p in zip(products, params, strict=True)]
+        return [torch.zeros_like(p) if h is None else _dense(h) for h, p in zip(products, params, strict=True)]
 
-    gradient = [torch.zeros_like(p) if g is None else g.detach() for g, p in zip(grads, params, strict=True)]
+    gradient = [torch.zeros_like(p) if g is None else _dense(g.detach()) for g, p in zip(grads, params, strict=True)]
     return Curvature(gradient, [g is not None for g in grads], product)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor.to_dense() if tensor.is_sparse else tensor  # an embedding's gradient

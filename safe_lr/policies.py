@@ -28,6 +28,9 @@ FREE_UPDATES = 10
 """Updates in which the cap follows each measurement freely, 1 / (1 - b1) at the usual b1 = .9: until then the limit of
 the coming step itself rises tenfold, and no earlier cap is worth holding on to."""
 
+SETTLED = 1e-4
+"""When the update rule's constant c moves the limit by less than this in one update, it is left until measured anew."""
+
 RESERVE = 0.25
 """Part of `credit` kept for alarms, so that routine measurements early in a run cannot spend what a spike will need."""
 
@@ -37,7 +40,7 @@ GAP_FIRST = 4
 GAP_FACTOR = 3
 """Growth of that gap: measurements at 0, 4, 16, 52, 160 spend the usual credit just as `max_overhead` takes over."""
 
-TRIAL_PART = 0.5
+TRIAL_PART = 0.25
 """Part of the budget that trial steps between measurements may take; the rest keeps the limit itself fresh."""
 
 ALARM_AFTER = 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -26,13 +27,16 @@ class Rates:
 
     Attributes:
         desired: The lr of each group that the schedule, or the user, asks for.
-        shares: Each group's desired lr in units of the largest, as of the last measurement.
+        shares: Each group's desired lr in units of the largest, as of the last good measurement.
+
+    Raises:
+        ValueError: A group's lr is no finite number, or negative; found when it is made or at any later reading.
 
     Example:
         >>> import torch
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
         >>> rates = Rates(optimizer)
-        >>> _ = rates.measured()
+        >>> rates.shares = rates.present_shares()
         >>> rates.apply(0.25)
         >>> optimizer.param_groups[0]["lr"]
         0.25
@@ -43,7 +47,7 @@ class Rates:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        self.desired = [float(group["lr"]) for group in optimizer.param_groups]
+        self.desired = self.applied
         self.shares: list[float] = []
         self._written: list[float | None] = [None] * len(self.desired)
 
@@ -60,7 +64,7 @@ class Rates:
     @property
     def applied(self) -> list[float]:
         """The lr that each group holds now."""
-        return [float(group["lr"]) for group in self.optimizer.param_groups]
+        return [_number(index, group["lr"]) for index, group in enumerate(self.optimizer.param_groups)]
 
     @property
     def capped(self) -> bool:
@@ -89,11 +93,6 @@ class Rates:
             if self._written[index] is not None:
                 _write(group, self.desired[index])
                 self._written[index] = None
-
-    def measured(self) -> list[float]:
-        """Returns the shares of a measurement that is about to be made, and remembers them."""
-        self.shares = self.present_shares()
-        return self.shares
 
     def drifted(self) -> bool:
         """Whether groups or their shares have changed so much since the measurement that a new one is due."""
@@ -152,6 +151,16 @@ class Rates:
         """Returns each group's desired lr in units of the largest, as they stand now."""
         groups = self.optimizer.param_groups
         return shares(self.desired, [float(group.get("initial_lr", group["lr"])) for group in groups])[1]
+
+
+def _number(index: int, lr: Any) -> float:
+    value = float(lr) if isinstance(lr, (int, float, Tensor)) else math.nan
+    if not 0 <= value < math.inf:
+        raise ValueError(
+            f"param_groups[{index}]['lr'] is {lr!r}: a learning rate must be a finite number, at least 0. Mend whoever "
+            "wrote it; no stability limit can be applied to it."
+        )
+    return value
 
 
 def _write(group: dict[str, Any], lr: float) -> None:

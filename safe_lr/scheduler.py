@@ -48,17 +48,19 @@ class CoherenceScheduler(LRScheduler):
             the source paper's worst case, usually a hundred times too small for Adam).
         margin: The fraction of the limit that may be used: a number in (0, 1] kept strictly, or "auto", learned by
             trial steps on the measured batch (a margin above 1 is recorded as `beyond_linear_limit`).
-        margin_max: Largest learned margin; 1 never leaves the linearly stable region.
-        trial_slack: A trial step is the coming step lengthened by `1 / trial_slack`.
-        growth: Largest factor by which the cap (never the schedule) rises in one update.
+        margin_max: Largest learned margin (with margin="auto"); 1 never leaves the linearly stable region.
+        trial_slack: A trial step is the coming step lengthened by `1 / trial_slack` (4 times as long by default).
+        growth: Largest factor by which the cap (never the schedule) rises in one update. In the first 10 updates the
+            cap follows the limit freely, since bias correction makes it rise tenfold.
         curvature: `hessian`.
-        hvp: `auto` or `exact`.
+        hvp: `exact` (double backward on one retained graph), which `auto` means too.
         probe: A fixed closure to measure on, instead of the observed batches.
         tol: Relative residual at which the eigen-solver stops. Limits use `value + residual`.
         warm_start: Start from the last eigenvector, which then is part of `state_dict`.
         max_matvecs: Largest number of Hessian-vector products for one measurement.
         max_overhead: Gradient evaluations spent on measuring per update, in the long run ...
-        credit: ... beside this many, spent early and on alarms. Counts, not clocks: runs repeat bit for bit.
+        credit: ... beside this many, spent early and on alarms. Counts, not clocks: runs repeat bit for bit. A quarter
+            is kept for alarms; below about 11 (18 under `lemma1`) the first updates go unmeasured.
         lambda_every: Every how many measurements lambda_max itself is solved for (gamma always is).
         on_failure: `hold` the last cap and record why, or `raise`.
         loggers: "auto" (W&B if a run is active), a `Logger`, several, or None.
@@ -139,7 +141,7 @@ class CoherenceScheduler(LRScheduler):
             restore=False,
         )
         try:
-            self._schedule = _made(schedule, optimizer)
+            self._schedule, self._scheduled = _made(schedule, optimizer), schedule is not None
         except BaseException:
             self._guard.close()  # no hook stays behind
             raise
@@ -199,13 +201,17 @@ class CoherenceScheduler(LRScheduler):
             TypeError: `metrics` with another schedule, or none with a ReduceLROnPlateau.
         """
         plateau = isinstance(self._schedule, ReduceLROnPlateau)
+        if metrics is not None and not plateau and _called_by_torchs_combination():
+            with self._desired():  # torch < 2.8: SequentialLR starts its next member by step(0)
+                self._schedule.step(metrics)
+            return
         if plateau != (metrics is not None):
-            inner = type(self._schedule).__name__
+            inner = f"a {type(self._schedule).__name__} inside" if self._scheduled else "no ReduceLROnPlateau inside"
             raise TypeError(
                 "the schedule inside is a ReduceLROnPlateau: call step(metrics), with the validation loss"
                 if plateau
-                else f"step() takes no argument with {inner} inside, got {metrics!r}: metrics are for "
-                "ReduceLROnPlateau, and an epoch is not needed"
+                else f"step() takes no argument with {inner}, got {metrics!r}: metrics are for a ReduceLROnPlateau, "
+                "and an epoch is not needed"
             )
         with self._desired():
             self._schedule.step(metrics) if plateau else self._schedule.step()
@@ -234,7 +240,7 @@ class CoherenceScheduler(LRScheduler):
         Raises:
             ValueError: The state is not a `CoherenceScheduler`'s, or has another number of parameter groups.
         """
-        missing = {"schedule", "guard"} - state_dict.keys()
+        missing = {"schedule", "guard"} - set(state_dict if isinstance(state_dict, dict) else ())
         if missing:
             raise ValueError(
                 f"this is not a CoherenceScheduler's state: {', '.join(sorted(missing))} missing. To go on from a "
@@ -249,7 +255,7 @@ class CoherenceScheduler(LRScheduler):
     def optimizer(self) -> Optimizer:  # type: ignore[override]
         """The optimizer whose lr this is."""
         # Both read it when they are made, and nothing else tells a member that it has become one.
-        if isinstance(sys._getframe(1).f_locals.get("self"), (SequentialLR, ChainedScheduler)):
+        if _called_by_torchs_combination():
             self._guard.restore = True
             self._guard.rates.give_back()
         return self._guard.optimizer
@@ -278,6 +284,14 @@ class CoherenceScheduler(LRScheduler):
     def _desired(self) -> _Desired:
         return _Desired(self._guard)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # ... and what is written to it, as to a torch scheduler, is the schedule's too.
+        schedule = self.__dict__.get("_schedule")
+        if schedule is not None and name not in self.__dict__ and name in vars(schedule) and name != "last_epoch":
+            setattr(schedule, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def __getattr__(self, name: str) -> Any:
         # Anything else that torch or a trainer reads off a scheduler (base_lrs, T_max, ...) is the schedule's.
         schedule = self.__dict__.get("_schedule")
@@ -301,14 +315,18 @@ class _Desired:
             self.guard.apply()
 
 
+def _called_by_torchs_combination() -> bool:
+    return isinstance(sys._getframe(2).f_locals.get("self"), (SequentialLR, ChainedScheduler))
+
+
 def _made(schedule: Schedule, optimizer: Optimizer) -> LRScheduler:
     if schedule is None:
         return ConstantLR(optimizer, factor=1.0, total_iters=0)
-    made = schedule if isinstance(schedule, LRScheduler) else schedule(optimizer) if callable(schedule) else None
+    made: Any = schedule(optimizer) if callable(schedule) and not isinstance(schedule, LRScheduler) else schedule
     if not isinstance(made, LRScheduler):
         raise TypeError(
             "schedule must be a torch scheduler or make one, schedule=lambda opt: CosineAnnealingLR(opt, T_max=1000); "
-            f"got {type(schedule if made is None else made).__name__}"
+            f"got {'a function that returned ' * (callable(schedule) and made is not schedule)}{type(made).__name__}"
         )
     if getattr(made, "optimizer", None) is not optimizer:
         raise TypeError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -159,3 +160,60 @@ def test_measuring_inside_no_grad() -> None:
     w = nn.Parameter(torch.ones(3))
     with torch.no_grad():
         assert safe_lr.measure(torch.optim.SGD([w], lr=0.1), lambda: w.square().sum()).failure is None
+
+
+def test_gradients_come_back_when_a_module_cannot_be_restored() -> None:
+    with warnings.catch_warnings(record=True):  # deprecated, not gone
+        warnings.simplefilter("always")
+        model = torch.jit.script(nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(8, 2)
+    model(x).square().mean().backward()
+    before = [p.grad for p in model.parameters()], {k: v.clone() for k, v in model.state_dict().items()}
+    safe_lr.measure(optimizer, lambda: model(x).square().mean())
+    assert all(p.grad is g and g is not None for p, g in zip(model.parameters(), before[0], strict=True))
+    assert all(torch.equal(v, before[1][k]) for k, v in model.state_dict().items())
+
+
+class Hoarder(nn.Module):
+    """Grows a buffer, a list, a dict and a tensor attribute in place, in a method that is not `forward`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.register_buffer("queue", torch.zeros(2))
+        self.register_buffer("count", torch.zeros(()))
+        self.seen: list[int] = []
+        self.stats = {"n": 0}
+        self.total = torch.zeros(1)
+
+    def loss(self) -> Tensor:
+        self.queue.resize_(len(self.queue) + 1)
+        self.count += 1
+        self.seen.append(1)
+        self.stats["n"] += 1
+        self.total += 1
+        return self.weight.square().sum()
+
+
+@pytest.mark.parametrize("where", ["list", "holder"])
+def test_what_a_method_does_in_place_is_undone(where: str) -> None:
+    class Trainer: ...
+
+    hoarder, trainer = Hoarder(), Trainer()
+    trainer.model = hoarder  # type: ignore[attr-defined]
+    models = [hoarder]
+    closure = (lambda: models[0].loss()) if where == "list" else (lambda: trainer.model.loss())  # type: ignore[attr-defined]
+    found = safe_lr.measure(torch.optim.SGD(hoarder.parameters(), lr=0.1), closure)
+    assert found.lr_limit == pytest.approx(1.0)
+    assert hoarder.queue.tolist() == [0, 0] and int(hoarder.count) == 0
+    assert (hoarder.seen, hoarder.stats, hoarder.total.tolist()) == ([], {"n": 0}, [0.0])
+
+
+def test_tensor_hooks_neither_run_nor_count() -> None:
+    x, calls = nn.Parameter(torch.ones(2)), []
+    x.register_hook(lambda g: calls.append(1) or g * 0.5)
+    found = safe_lr.measure(torch.optim.SGD([x], lr=0.1), lambda: x**2 @ torch.tensor([2.0, 0.5]))
+    assert found.lambda_max == pytest.approx(4.0) and not calls
+    (x**2).sum().backward()
+    assert calls == [1] and x.grad.tolist() == [1.0, 1.0]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 
-from safe_lr import CoherenceGuard, Decision
+from safe_lr import CoherenceGuard, CoherenceScheduler, Decision
 from safe_lr.policies import FREE_UPDATES, MARGIN_MIN, MARGIN_START
 from tests.cases import Case
 
@@ -629,6 +629,145 @@ def test_groups_keep_their_ratio_under_one_scale(make: Any, bound: str) -> None:
     optimizer.step()
     assert inside[0][0] / inside[0][1] == pytest.approx(3.0, rel=1e-12)
     assert inside[0][0] == pytest.approx(float(lemma1 if bound == "lemma1" else exact), rel=1e-6)
+
+
+# ---- parameters that rest, climb, or are seldom met
+
+
+def test_a_head_that_rests_now_and_then_does_not_starve_the_others() -> None:
+    torch.manual_seed(0)
+    trunk, one, two = nn.Sequential(nn.Linear(4, 16), nn.Tanh()), nn.Linear(16, 1), nn.Linear(16, 1)
+    x = torch.randn(64, 4)
+    groups = [{"params": [*trunk.parameters(), *one.parameters()]}, {"params": list(two.parameters())}]
+    optimizer = Adam(groups, lr=0.3)
+    guard = CoherenceGuard(optimizer, loggers=None)
+    lrs: list[float] = []
+    optimizer.register_step_post_hook(lambda *_: lrs.append(guard.coming_lrs()[0]))
+    for step in range(200):
+
+        def loss(resting: bool = step % 5 == 4) -> Tensor:
+            errors = (one(trunk(x)) - 2 * x[:, :1]).square().mean()
+            return errors if resting else errors + (two(trunk(x)) + 2 * x[:, :1]).square().mean()
+
+        optimizer.zero_grad()
+        loss().backward()
+        guard.observe(loss)
+        optimizer.step()
+    assert min(lrs[20:]) > 1e-3 and float(loss().detach()) < 0.05
+
+
+def test_the_limit_does_not_rise_with_the_average_of_another_parameter() -> None:
+    """A parameter that is seldom met is young when the limit is measured; those that set the limit are not."""
+    seldom, often = nn.Parameter(torch.full((1,), 0.1)), nn.Parameter(torch.ones(4))
+    optimizer = Adam([seldom, often], lr=100.0)
+    guard = CoherenceGuard(optimizer, margin=0.5, loggers=None)
+    sharpness = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    for step in range(60):
+
+        def loss(met: bool = step in (4, 16, 52)) -> Tensor:
+            return (sharpness * often**2).sum() + (5 * seldom.sum() if met else 0)
+
+        optimizer.zero_grad()
+        loss().backward()
+        guard.observe(loss)
+        fresh = guard.measure().limits["momentum"]
+        optimizer.step()
+        assert guard._state.figures["lr_limit"] <= 4 * fresh, step  # P moves between measurements, c must not
+
+
+def test_an_update_without_gradients_changes_nothing() -> None:
+    bowl = Bowl(Case(Adam)).run(3)
+    before = str(bowl.guard.state_dict()["state"])
+    bowl.optimizer.zero_grad()
+    bowl.optimizer.step()
+    after = bowl.guard.state_dict()["state"]
+    assert str({**after, "updates": 3, "capped_steps": 3}) == before.replace("'capped_steps': 4", "'capped_steps': 3")
+
+
+def test_a_failed_measurement_keeps_the_shares_of_the_last_good_one() -> None:
+    optimizer, guard, step = two_groups(1, [10.0, 1e-3], [{}, {}], margin=0.5)
+    for _ in range(20):
+        step()
+    held = step()[1]
+    optimizer.param_groups[1]["lr"] = 10.0
+    for _ in range(5):
+        guard.observe(_raise(MemoryError("none left")))
+        with warnings.catch_warnings(record=True):
+            warnings.simplefilter("always")
+            optimizer.step()
+        assert guard.coming_lrs()[1] <= held * 1.1
+
+
+def test_climbing_is_the_mirror_image_of_descending() -> None:
+    down, up = (Bowl(Case(SGD, {"maximize": maximize}), margin="auto") for maximize in (False, True))
+    up.scale = -1.0
+    for bowl in (down, up):
+        bowl.run(40)
+    assert up.inside == down.inside and torch.equal(up.x, down.x)
+    assert up.guard.summary().margin > MARGIN_MIN
+
+
+def test_summed_gradients_are_named() -> None:
+    x = nn.Parameter(torch.ones(2))
+    optimizer = SGD([x], lr=100.0)
+    guard = CoherenceGuard(optimizer, margin=0.5, loggers=None)
+    for _ in range(8):
+        (x**2).sum().backward()
+    guard.observe(lambda: (x**2).sum())
+    optimizer.step()
+    assert "is 8 times the closure's" in guard.last_decision.reason
+
+
+def test_a_trial_on_a_loss_that_is_not_finite_moves_no_margin() -> None:
+    bowl = Bowl(margin="auto").run(30)
+    margin = bowl.guard.summary().margin
+    bowl.run(30, observed=lambda: bowl.loss() * float("nan"))
+    assert bowl.guard.summary().margin == margin
+    assert any("loss is nan" in d.reason for d in bowl.guard.history)
+
+
+def test_sparse_gradients_are_protected() -> None:
+    embedding = nn.Embedding(4, 2, sparse=True)
+    optimizer = SGD(embedding.parameters(), lr=100.0)
+    guard = CoherenceGuard(optimizer, margin=0.5, tol=1e-3, loggers=None)
+
+    def loss() -> Tensor:
+        return embedding(torch.tensor([0, 1])).square().sum()
+
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss().backward()
+        guard.observe(loss)
+        optimizer.step()
+    assert guard.last_decision.lr_after == pytest.approx(0.5, rel=1e-3) and float(loss().detach()) < 1e-6
+
+
+@pytest.mark.parametrize("lr", [float("inf"), float("nan"), -1.0, "high"])
+def test_an_lr_that_is_no_lr_is_named(lr: Any) -> None:
+    bowl = Bowl().run(2)
+    bowl.optimizer.param_groups[0]["lr"] = lr
+    with pytest.raises(ValueError, match=r"param_groups\[0\]\['lr'\] is"):
+        bowl.run()
+    bowl.optimizer.param_groups[0]["lr"] = 1.0
+    bowl.run()
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, pickle.dumps])
+def test_a_guard_is_not_copied_without_its_hooks(how: Callable[[Any], Any]) -> None:
+    with pytest.raises(TypeError, match="cannot be copied or pickled"):
+        how(Bowl().guard)
+    with pytest.raises(TypeError, match="cannot be copied or pickled"):
+        how(CoherenceScheduler(SGD([nn.Parameter(torch.ones(2))]), loggers=None))
+
+
+def test_no_graph_is_kept_after_backward_with_create_graph() -> None:
+    bowl = Bowl(Case(Adam))
+    with warnings.catch_warnings(record=True):  # torch's own, of a reference cycle
+        warnings.simplefilter("always")
+        bowl.loss().backward(create_graph=True)
+    bowl.guard.observe(bowl.loss)
+    bowl.optimizer.step()
+    assert all(v.grad_fn is None for v in bowl.guard.state_dict()["vectors"].values())
 
 
 # ---- several guards

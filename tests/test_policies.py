@@ -87,13 +87,13 @@ def test_learned_margin(
 def test_gaps() -> None:
     assert [next_gap(9, alarm=a, trial_failed=f) for a, f in ((0, 0), (0, 1), (1, 0), (1, 1))] == [27, 9, 4, 4]
     longest = {share: next_trial_gap(10**6, failed=False, max_overhead=share) for share in (0.05, 0.0, 1.0)}
-    assert longest == {0.05: 27, 0.0: 1000, 1.0: 2}
+    assert longest == {0.05: 54, 0.0: 1000, 1.0: 3}
     assert 2 / 3 / longest[0.05] <= policies.TRIAL_PART * 0.05
     assert [next_trial_gap(g, failed=True, max_overhead=0.05) for g in (2, 3, 9)] == [2, 2, 4]
     gap, gaps = 2, []
     for _ in range(20):
         gaps.append(gap := next_trial_gap(gap, failed=False, max_overhead=0.05))
-    assert gaps == sorted(gaps) and gaps[-1] == 27  # it does not stick at a small gap
+    assert gaps == sorted(gaps) and gaps[-1] == 54  # it does not stick at a small gap
 
 
 @pytest.mark.parametrize(("alarm", "expected"), [(True, 60 + 10 - 30), (False, 45 + 10 - 30)])

@@ -1,4 +1,4 @@
-"""Every Python block in README.md, CONTRIBUTING.md and docs/ runs as it stands, after a common beginning."""
+"""The Python blocks of README.md, CONTRIBUTING.md and docs/ run as they stand, page by page, after a common start."""
 
 import re
 from pathlib import Path
@@ -30,17 +30,16 @@ def blocks(page: Path) -> list[tuple[int, str]]:
     return [(text.count("\n", 0, match.start(1)) + 1, match.group(1)) for match in found]
 
 
-CASES = [pytest.param(page, line, code, id=f"{page.name}:{line}") for page in PAGES for line, code in blocks(page)]
-
-
-@pytest.mark.parametrize(("page", "line", "code"), CASES)
-def test_block_runs(page, line, code, tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+def test_the_blocks_run_one_after_the_other(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "page"}
     exec(BEGINNING, names)
-    exec(compile("\n" * (line - 1) + code, str(page), "exec"), names)  # tracebacks then show the page's own line
-    if hasattr(names.get("scheduler"), "close"):
-        names["scheduler"].close()
+    for line, code in blocks(page):
+        exec(compile("\n" * (line - 1) + code, str(page), "exec"), names)  # tracebacks then show the page's own line
+    for name in ("scheduler", "guard"):
+        if name in names:
+            names[name].close()
 
 
 def test_readme_has_the_drop_in_and_it_protects():
