@@ -31,6 +31,7 @@ class State:
     following: bool = False  # whether c still moves
     due_at: int = 0
     gap: int = 0  # updates between routine measurements; 0 before the first
+    stalled: bool = False  # whether the last trial step failed
     retry: int = 0  # updates until a failed measurement is tried again; 0 after a good one
     trial_at: int = 0
     trial_gap: int = 2

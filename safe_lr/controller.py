@@ -10,6 +10,7 @@ from safe_lr.policies import (
     TRIAL_PART,
     Policy,
     affordable,
+    learned_growth,
     learned_margin,
     next_cap,
     next_gap,
@@ -76,8 +77,10 @@ class Controller:
     def cap_under(self, lr_limit: float) -> float:
         """Returns the cap that a limit allows now."""
         state = self.state
-        free = state.updates < FREE_UPDATES
-        return next_cap(state.cap, state.margin * lr_limit, self.policy.growth, free=free)
+        free, growth = state.updates < FREE_UPDATES, self.policy.growth
+        if self.policy.learns:
+            growth = learned_growth(growth, updates=state.updates, stalled=state.stalled)
+        return next_cap(state.cap, state.margin * lr_limit, growth, free=free)
 
     def planned(self, lr_limit: float, lr_ref: float) -> float:
         """Returns the lr of the coming step under the present margin, in units of lr_ref."""
@@ -145,6 +148,7 @@ class Controller:
         failed = found.trial_failed
         if failed is None:
             return False, None
+        self.state.stalled = failed
         old = self.state.margin
         self.state.margin = learned_margin(
             old,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,11 @@ from safe_lr.lanczos import EigenEstimate, lanczos, start_vector
 from safe_lr.operators import Curvature
 from safe_lr.preconditioners import Group, Preconditioner, State, preconditioner_of
 from safe_lr.stability import UpdateRule
+
+
+def _same(v: Tensor) -> Tensor:
+    return v
+
 
 BOUNDS = ("lemma1", "coherence", "momentum")
 
@@ -50,8 +55,8 @@ def movers(optimizer: torch.optim.Optimizer, group_shares: Sequence[float], upda
     model = preconditioner_of(optimizer)
     scale = getattr(optimizer, "grad_scale", None)  # fused optimizers unscale inside step()
     return [
-        Mover(p, group, optimizer.state.get(p, {}), model, share, _unscaled(p.grad, scale), updates)
-        for group, share in zip(optimizer.param_groups, group_shares, strict=True)
+        Mover(p, group, optimizer.state.get(p, {}), model, share, _unscaled(p.grad, scale), updates, index)
+        for index, (group, share) in enumerate(zip(optimizer.param_groups, group_shares, strict=True))
         for p in group["params"]
         if p.requires_grad and share > 0
     ]
@@ -78,7 +83,10 @@ def ascends(moving: Sequence[Mover]) -> bool:
 
 @dataclass
 class Mover:
-    """A parameter that the coming step moves, with what its optimizer makes of it."""
+    """A parameter that the coming step moves, with what its optimizer makes of it.
+
+    Optimizers treat complex numbers as pairs of reals, and so do we; P is computed in single precision at least.
+    """
 
     param: Tensor
     group: Group
@@ -87,17 +95,64 @@ class Mover:
     share: float  # the group's lr in units of lr_ref
     grad: Tensor | None
     updates: int | None = None
+    index: int = 0  # of the group
+
+    def __post_init__(self) -> None:
+        self.values = self.real(self.param.detach())
+        self.real_state: State = {
+            name: self.real(value) if isinstance(value, Tensor) and value.ndim else value
+            for name, value in self.state.items()
+        }
+
+    @staticmethod
+    def real(tensor: Tensor) -> Tensor:
+        """A tensor as reals, in single precision at least."""
+        if tensor.is_complex():
+            tensor = torch.view_as_real(tensor)
+        if not tensor.is_floating_point():
+            return tensor
+        return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+    def lift(self, values: Tensor) -> Tensor:
+        """Reals as a tensor of the parameter's own kind."""
+        values = values.view(self.values.shape)
+        return torch.view_as_complex(values.contiguous()) if self.param.is_complex() else values.to(self.param.dtype)
 
     def rule(self) -> UpdateRule:
-        return self.model.rule(self.group, self.state, self.updates)
+        """The update rule of the coming step."""
+        return self.model.rule(self.group, self.real_state, self.updates)
 
-    def diagonal(self, grad: Tensor) -> Tensor:
-        return self.model.diagonal(
-            self.group, self.state, self.model.descent_gradient(self.group, self.param, grad)
-        ).detach()
+    def root(self, grad: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        """P^-1/2 as an operator, and P's entries."""
+        self._check_state()
+        g = self.model.descent_gradient(self.group, self.values, self.real(grad))
+        root, entries = self.model.root(self.group, self.real_state, g, self.values)
+        return root, entries.detach()
+
+    def decay(self) -> tuple[float, float]:
+        """L2 and decoupled decay."""
+        return self.model.decay(self.group, self.real_state)
 
     def coming_step(self, grad: Tensor, lr: float) -> Tensor:
-        return self.model.coming_step(self.group, self.state, self.param, grad, lr * self.share, self.updates)
+        """The change of the parameter in a step of length lr (of lr_ref)."""
+        step = self.model.coming_step(
+            self.group, self.real_state, self.values, self.real(grad), lr * self.share, self.updates
+        )
+        return self.lift(step)
+
+    def _check_state(self) -> None:
+        """Raises MeasurementFailed where the optimizer's state is not that of this parameter under this optimizer."""
+        where = f"parameter group {self.index}: the optimizer's state of a parameter of shape {tuple(self.param.shape)}"
+        missing = [key for key in self.model.keys(self.group) if key not in self.state] if self.state else []
+        if missing:
+            raise MeasurementFailed(
+                f"{where} has no {', '.join(missing)} (it has {', '.join(map(str, self.state))}): was it loaded from "
+                "another optimizer, or saved half-way?"
+            )
+        for name in self.model.second_moments:
+            value = self.real_state.get(name)
+            if isinstance(value, Tensor) and value.numel() and not bool((value >= 0).all()):
+                raise MeasurementFailed(f"{where} holds negative numbers or NaN in {name}, a sum of squares")
 
 
 class Eigenproblem:
@@ -150,14 +205,14 @@ class Eigenproblem:
         self.grads = [m.grad if m.grad is not None else g for m, g in zip(self.movers, own, strict=True)]
         self.sign = -1.0 if ascends(self.movers) else 1.0
         self.own = own
-        decays = [m.model.decay(m.group) for m in self.movers]
+        decays = [m.decay() for m in self.movers]
         self.l2 = [l2 for l2, _ in decays]
         self.decay = [m.share * decoupled for m, (_, decoupled) in zip(self.movers, decays, strict=True)]
-        self.p = [m.diagonal(g) for m, g in zip(self.movers, self.grads, strict=True)]
-        self.sizes = [m.param.numel() for m in self.movers]
+        self.roots, self.p = zip(*(m.root(g) for m, g in zip(self.movers, self.grads, strict=True)), strict=True)
+        self.sizes = [m.values.numel() for m in self.movers]
         dtype = torch.float32
         for m in self.movers:
-            dtype = torch.promote_types(dtype, m.param.dtype)
+            dtype = torch.promote_types(dtype, m.values.dtype)
         self.like = torch.empty(sum(self.sizes), dtype=dtype, device=self.movers[0].param.device)
         self.num_matvecs = 0
         self.idle: list[Tensor] | None = None  # coordinates with a zero row in H
@@ -236,7 +291,7 @@ class Eigenproblem:
         return self._top(name, scaled, self.decay, start=gamma.vector)
 
     def _sharpness(self, gamma: EigenEstimate, *, needed: bool, wanted: bool) -> EigenEstimate | None:
-        if all(p.ndim == 0 for p in self.p) and {m.share for m in self.movers} == {1.0}:
+        if all(p.ndim == 0 and float(p) == 1.0 for p in self.p) and {m.share for m in self.movers} == {1.0}:
             return gamma  # P is one: the two are the same
         if needed or (wanted and self._left() >= MIN_MATVECS):
             return self._top("lambda_max", None)
@@ -255,17 +310,17 @@ class Eigenproblem:
         reserved: int = 0,
     ) -> EigenEstimate:
         """The largest eigenvalue of D^1/2 H D^1/2 + diag(decay), D = weights / P (the identity without weights)."""
-        if weights is None:
-            scales = [torch.ones_like(p) for p in self.p]
-        else:
-            scales = [(w / p).sqrt() for w, p in zip(weights, self.p, strict=True)]
+        roots = self.roots if weights is not None else [_same] * len(self.p)
+        scales = [math.sqrt(w) for w in weights or [1.0] * len(self.p)]
         warm = self.warm.get(name)
         if warm is not None and warm.shape == self.like.shape:
             start = warm
         if start is None:
-            start = self._flat([s * g for s, g in zip(scales, self.grads, strict=True)])
+            start = self._flat(
+                [root(m.real(g)) * s for s, root, g, m in zip(scales, roots, self.grads, self.movers, strict=True)]
+            )
         estimate = lanczos(
-            lambda v: self._matvec(v, scales, decay or [0.0] * len(scales)),
+            lambda v: self._matvec(v, roots, scales, decay or [0.0] * len(scales)),
             start_vector(self.like, self.seed, start),
             tol=self.tol,
             max_matvecs=max(1, self._left() - reserved),
@@ -282,31 +337,40 @@ class Eigenproblem:
         self.vectors[name] = estimate.vector
         return estimate
 
-    def _matvec(self, v: Tensor, scales: Sequence[Tensor], decay: Sequence[float]) -> Tensor:
+    def _matvec(
+        self,
+        v: Tensor,
+        roots: Sequence[Callable[[Tensor], Tensor]],
+        scales: Sequence[float],
+        decay: Sequence[float],
+    ) -> Tensor:
         parts = [
-            (part.view_as(m.param) * s).to(m.param)
-            for part, m, s in zip(torch.split(v, self.sizes), self.movers, scales, strict=True)
+            root(part.view(m.values.shape)) * s
+            for part, m, s, root in zip(torch.split(v, self.sizes), self.movers, scales, roots, strict=True)
         ]
         products = self._product(parts)
         if self.idle is None:  # the start vector has a random part everywhere, so a zero here is a zero row
             self.idle = [h == 0 for h in products]
-        out = [self.sign * h + l2 * x for h, x, l2 in zip(products, parts, self.l2, strict=True)]
-        flat = self._flat([h.to(self.like) * s for h, s in zip(out, scales, strict=True)])
+        out = [
+            root(self.sign * h + l2 * x) * s
+            for h, x, l2, s, root in zip(products, parts, self.l2, scales, roots, strict=True)
+        ]
+        flat = self._flat(out)
         for part, old, d in zip(torch.split(flat, self.sizes), torch.split(v, self.sizes), decay, strict=True):
             if d:
                 part.add_(old, alpha=d)
         return flat
 
     def _product(self, parts: list[Tensor]) -> list[Tensor]:
-        rest = iter(parts)
+        rest = iter([m.lift(part) for m, part in zip(self.movers, parts, strict=True)])
         everyone = [
             next(rest) if keep else torch.zeros_like(m.param) for keep, m in zip(self.kept, self.everyone, strict=True)
         ]
         products = self.curvature.product(everyone)
-        return [h for h, keep in zip(products, self.kept, strict=True) if keep]
+        return [m.real(h) for h, m, keep in zip(products, self.everyone, self.kept, strict=True) if keep]
 
     def _flat(self, tensors: Sequence[Tensor]) -> Tensor:
-        return torch.cat([t.to(self.like).reshape(-1) for t in tensors])
+        return torch.cat([Mover.real(t).to(self.like).reshape(-1) for t in tensors])
 
     def _smallest_p(self) -> tuple[float, float]:
         """The smallest entry of P, and the smallest entry in units of the group's share of lr_ref."""
@@ -315,16 +379,17 @@ class Eigenproblem:
         for m, low, high in zip(self.movers, lowest, highest, strict=True):
             if not (low > 0 and math.isfinite(high)):
                 raise MeasurementFailed(
-                    f"the preconditioner of a parameter of shape {tuple(m.param.shape)} has the entries {low:g} to "
-                    f"{high:g}: the gradient or the optimizer's state holds numbers that no step can use"
+                    f"parameter group {m.index}: the preconditioner of a parameter of shape {tuple(m.param.shape)} has "
+                    f"the entries {low:g} to {high:g}: the gradient or the optimizer's state holds numbers that no "
+                    "step can use"
                 )
         return min(lowest), min(low / m.share for low, m in zip(lowest, self.movers, strict=True))
 
     def _smallest_curved_p(self, smallest: float) -> float:
         curved = []
         for m, p, idle in zip(self.movers, self.p, self.idle or [], strict=True):
-            floor = m.model.floor(m.group)
-            if floor is not None:
+            floor = m.model.floor(m.group, m.real_state)
+            if floor is not None and p.shape == idle.shape:
                 p = p.masked_fill(idle & (p <= torch.tensor(floor, dtype=p.dtype, device=p.device)), math.inf)
             curved.append(p.min().to(self.like))
         value = float(torch.stack(curved).min())

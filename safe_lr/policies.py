@@ -12,8 +12,17 @@ from dataclasses import dataclass
 MARGIN_START = 0.5
 """Where the learned margin starts: a real run goes up to .1-1 of the limit with Adam, above 1 with RMSprop."""
 
-MARGIN_MIN = 0.05
-"""Below a twentieth of the limit the curvature is not what makes steps fail; cutting further only starves the run."""
+MARGIN_MIN = 0.2
+"""Below a fifth of the limit it is the noise of one batch that makes trial steps fail, not the curvature, and cutting
+further starves the run: at a twentieth the demo ends 4-7 % behind."""
+
+MARGIN_MAX_LEAST = 0.05
+"""The smallest `margin_max`; one below MARGIN_MIN is then the margin."""
+
+AGING = 0.5
+"""While the margin is learned the cap may rise like this power of the run's length, once that is slower than `growth`.
+Trial steps on one batch are forgiving where BatchNorm lets weights grow with lr: at 2 % an update the demo drifts up
+fivefold late in the run."""
 
 MARGIN_UP = 1.15
 """Growth of the margin at a good trial: a good one is weak evidence. 1.6 let RMSprop's margin run away."""
@@ -93,7 +102,7 @@ class Policy:
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name} must be a number, got {value!r}")
         for name, ok, allowed in (
-            ("margin_max", self.margin_max >= MARGIN_MIN, f"at least {MARGIN_MIN}"),
+            ("margin_max", self.margin_max >= MARGIN_MAX_LEAST, f"at least {MARGIN_MAX_LEAST}"),
             ("trial_slack", 0 < self.trial_slack <= 1, "in (0, 1]"),
             ("growth", self.growth >= 1, "at least 1 (1.02 lets the cap rise by 2 % an update)"),
             ("max_overhead", self.max_overhead >= 0, "at least 0 (gradient evaluations an update)"),
@@ -131,6 +140,21 @@ def next_cap(cap: float | None, target: float, growth: float, *, free: bool) -> 
         1.0
     """
     return target if cap is None or free else min(target, cap * growth)
+
+
+def learned_growth(growth: float, *, updates: int, stalled: bool) -> float:
+    """Returns the largest rise of the cap in the coming update while the margin is learned.
+
+    No rise where the last trial step failed; else the smaller of `growth` and what makes the cap rise like the run's
+    length to the power AGING.
+
+    Example:
+        >>> learned_growth(1.02, updates=10, stalled=False), learned_growth(1.02, updates=500, stalled=False)
+        (1.02, 1.001)
+        >>> learned_growth(1.02, updates=10, stalled=True)
+        1.0
+    """
+    return 1.0 if stalled else 1 + min(growth - 1, AGING / max(1, updates))
 
 
 def learned_margin(

@@ -273,7 +273,7 @@ def test_nan_in_the_optimizers_state_is_a_failure() -> None:
     optimizer.step()
     optimizer.state[w]["exp_avg_sq"][1] = math.nan
     found = safe_lr.measure(optimizer, lambda: w.square().sum())
-    assert "state holds numbers that no step can use" in str(found.failure)
+    assert "holds negative numbers or NaN in exp_avg_sq" in str(found.failure)
 
 
 def test_bad_arguments_are_named() -> None:
@@ -290,7 +290,7 @@ def test_bad_arguments_are_named() -> None:
             safe_lr.measure(optimizer, lambda: w.sum(), **{name: "x"})
     with pytest.raises(ValueError, match=r"tol must lie in \(0, 1\), got 0"):
         safe_lr.measure(optimizer, lambda: w.sum(), tol=0)
-    with pytest.raises(TypeError, match="LBFGS; known: .*register"):
+    with pytest.raises(TypeError, match="LBFGS has no stability limit .*strong_wolfe"):
         safe_lr.measure(torch.optim.LBFGS([w]), lambda: w.sum())
     with pytest.raises(ValueError, match="no parameter of the optimizer requires grad"):
         safe_lr.measure(torch.optim.SGD([torch.zeros(1)], lr=0.1), lambda: w.sum())

@@ -66,7 +66,7 @@ UP, DOWN, LEAST = policies.MARGIN_UP, policies.MARGIN_DOWN, policies.MARGIN_MIN
         (0.5, 0.44, 9.0, False, False, 8, 0.5),  # the growing cap, not the margin, holds lr back
         (0.5, 0.5, 9.0, True, False, 8, 0.5 / DOWN),
         (0.5, 0.5, 9.0, False, True, 8, 0.5 / DOWN),
-        (0.5, 0.2, 0.2, True, False, 8, 0.2 / DOWN),  # below what was planned, or the cut would not cut
+        (0.5, 0.4, 0.4, True, False, 8, 0.4 / DOWN),  # below what was planned, or the cut would not cut
         (0.5, 0.0, 0.0, True, False, 8, 0.5 / DOWN),
         (LEAST, LEAST, 9.0, True, True, 8, LEAST),
         (0.5, 1e-9, 1e-9, False, True, 8, LEAST),
