@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from safe_lr.ensemble import Ensemble, unscaled
 from safe_lr.lanczos import EigenEstimate, lanczos, start_vector
 from safe_lr.operators import Curvature
-from safe_lr.preconditioners import Group, Preconditioner, State, preconditioner_of
+from safe_lr.preconditioners import Group, Preconditioner, State
 from safe_lr.stability import UpdateRule
 
 
@@ -50,23 +51,23 @@ def shares(lrs: Sequence[float], initial_lrs: Sequence[float]) -> tuple[float, l
     return lr_ref, [lr / scale if scale > 0 else 1.0 for lr in (lrs if lr_ref > 0 else initial_lrs)]
 
 
-def movers(optimizer: torch.optim.Optimizer, group_shares: Sequence[float], updates: int | None = None) -> list[Mover]:
+def movers(ensemble: Ensemble, group_shares: Sequence[float], updates: int | None = None) -> list[Mover]:
     """Returns the parameters that can move: those that require grad, in groups whose lr is not zero."""
-    model = preconditioner_of(optimizer)
-    scale = getattr(optimizer, "grad_scale", None)  # fused optimizers unscale inside step()
     return [
-        Mover(p, group, optimizer.state.get(p, {}), model, share, _unscaled(p.grad, scale), updates, index)
-        for index, (group, share) in enumerate(zip(optimizer.param_groups, group_shares, strict=True))
+        Mover(
+            p,
+            group,
+            optimizer.state.get(p, {}),
+            model,
+            group_shares[index],
+            None if p.grad is None else unscaled(p.grad, optimizer),
+            updates,
+            index,
+        )
+        for optimizer, model, index, group in ensemble.owned()
         for p in group["params"]
-        if p.requires_grad and share > 0
+        if p.requires_grad and group_shares[index] > 0
     ]
-
-
-def _unscaled(grad: Tensor | None, scale: Tensor | None) -> Tensor | None:
-    if grad is None:
-        return None
-    grad = (grad.to_dense() if grad.is_sparse else grad).detach()
-    return grad if scale is None else grad / scale.to(grad.device)
 
 
 def ascends(moving: Sequence[Mover]) -> bool:

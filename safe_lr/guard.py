@@ -11,7 +11,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -21,6 +20,7 @@ from safe_lr.closures import Closure
 from safe_lr.controller import Controller
 from safe_lr.decisions import Action, Decision, Summary
 from safe_lr.eigenproblem import MeasurementFailed, Mover, movers
+from safe_lr.ensemble import Ensemble, norm
 from safe_lr.hooks import around_updates, warn_user
 from safe_lr.loggers import Logger, is_stop_request, resolve
 from safe_lr.loggers.broadcast import Broadcast
@@ -36,7 +36,7 @@ from safe_lr.measurement import (
 )
 from safe_lr.neighbours import Neighbours
 from safe_lr.policies import Policy
-from safe_lr.preconditioners import decays, preconditioner_of
+from safe_lr.preconditioners import decays
 from safe_lr.rates import Rates
 
 HISTORY = 10_000
@@ -55,10 +55,13 @@ class CoherenceGuard:
     See `CoherenceScheduler` for the arguments and for a version whose `param_groups` show the applied lr.
 
     Args:
-        optimizer: A torch optimizer with a known preconditioner.
+        optimizer: A torch optimizer with a known preconditioner, or a list of them where several act on one loss (Muon
+            for the matrices, AdamW for the rest): their limit is a joint one, and one scale caps them all. The cap then
+            holds from the first one's step to the last one's.
         restore: Whether the desired lr is put back after each update.
 
     Example:
+        >>> import torch
         >>> x = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
         >>> curvature = torch.tensor([2.0, 0.5])                               # H = diag(4, 1): lr_limit = 2 / 4
         >>> optimizer = torch.optim.SGD([x], lr=100.0)
@@ -75,7 +78,7 @@ class CoherenceGuard:
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         *,
         bound: str = "momentum",
         margin: float | str = "auto",
@@ -97,8 +100,7 @@ class CoherenceGuard:
         seed: int = 0,
         restore: bool = True,
     ) -> None:
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        self.ensemble = Ensemble(optimizer)
         if on_failure not in ("hold", "raise"):
             raise ValueError(f"on_failure must be one of 'hold', 'raise', got {on_failure!r}")
         for name, number in (("lambda_every", lambda_every), ("seed", seed)):
@@ -108,14 +110,13 @@ class CoherenceGuard:
             raise ValueError(f"lambda_every must be at least 1 (measurements), got {lambda_every!r}")
         if probe is not None and not callable(probe):
             raise TypeError(f"probe must be a closure that returns the loss, got {type(probe).__name__}")
-        preconditioner_of(optimizer)
-        if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
+        if not any(p.requires_grad for group in self.ensemble.param_groups for p in group["params"]):
             raise ValueError("no parameter of the optimizer requires grad: nothing can be measured or capped")
-        self.optimizer = optimizer
+        self.optimizer = self.ensemble.members[0]
         self.settings = Settings(bound, curvature, hvp, tol, max_matvecs, cautious=True)
         self.policy = Policy(margin, margin_max, trial_slack, growth, max_overhead, credit)
         self._controller = Controller(self.policy, self.settings.least_cost)
-        self.rates = Rates(optimizer)
+        self.rates = Rates(self.ensemble)
         self.history: deque[Decision] = deque(maxlen=HISTORY)
         self.last_measurement: Measurement | None = None
         self._warm_start, self._lambda_every, self._on_failure, self._seed = warm_start, lambda_every, on_failure, seed
@@ -127,13 +128,13 @@ class CoherenceGuard:
         self._closed = False
         self._log = Broadcast(resolve(loggers, log_path), self._config)
         self._succeed()
-        handles = around_updates(optimizer, self._prepare, self._after)
+        handles = around_updates(self.ensemble.members, self._prepare, self._after)
         # Once the guard is gone, or the process ends, the optimizer has its desired lr and no hook of ours.
         self._at_exit = weakref.finalize(self, _leave, handles, self.rates)
 
     def _succeed(self) -> None:
         """Takes the optimizer over from an earlier guard: two would take each other's caps for somebody's wish."""
-        for earlier in _neighbours.on(self.optimizer):
+        for earlier in _neighbours.on(self.ensemble):
             if earlier.summary().steps:
                 warn_user(
                     "this optimizer already had a safe_lr scheduler; that one is closed, the new one takes over. "
@@ -181,7 +182,9 @@ class CoherenceGuard:
         applied = self.rates.applied
         self.rates.give_back()  # the shares of lr_ref are the desired lrs'
         try:
-            return measure(self.optimizer, closure, bound=s.bound, curvature=s.curvature, hvp=s.hvp, seed=self._seed)
+            return measure(
+                self.ensemble.members, closure, bound=s.bound, curvature=s.curvature, hvp=s.hvp, seed=self._seed
+            )
         finally:
             if applied != self.rates.applied:
                 self.rates.apply(self._state.cap)
@@ -235,21 +238,28 @@ class CoherenceGuard:
 
     def _prepare(self) -> None:
         """Before the update: measures where that is due or something looks wrong, moves the cap, writes the lrs."""
+        try:
+            self._act()
+        finally:
+            self._observed = None  # it binds late and holds a batch
+
+    def _act(self) -> None:
         state = self._state
         self.rates.read()
         if state.young is None:
-            state.young = not any(self.optimizer.state.values())
+            state.young = self.ensemble.fresh
         if self.rates.drifted() and not state.retry:
             state.due_at = min(state.due_at, state.updates)
-        if not self._gradients():
+        gradients = self.ensemble.gradients()
+        if not gradients:
             return  # nothing moves
-        norm = self._gradient_norm()
-        usual, alarm = state.trend, state.trend.alarming(norm)
-        state.trend = usual.after(norm)
+        size = norm(gradients)
+        usual, alarm = state.trend, state.trend.alarming(size)
+        state.trend = usual.after(size)
         if self._controller.due(alarm=alarm):
             closure = self._probe or self._observed
             if closure is not None:
-                jump = f"the gradient norm is {norm:.3g}, usual is {math.exp(usual.mean):.3g}" if alarm else None
+                jump = f"the gradient norm is {size:.3g}, usual is {math.exp(usual.mean):.3g}" if alarm else None
                 self._decide(self._measured(closure, alarm), jump)
                 return
             self._warn_once(
@@ -260,26 +270,17 @@ class CoherenceGuard:
             )
         if state.cap is not None:
             if state.following and self.settings.bound == "momentum":
-                self._controller.follow(self._flips())
+                self._controller.follow(self.ensemble.flips(self._counted))
             if self._observed is not None and self._probe is None and self._controller.trial_due(self.rates.lr_ref):
                 self._try(self._observed)
                 return
             state.cap = self._controller.cap_under(state.figures["lr_limit"])
         self.apply()
 
-    def _flips(self) -> list[float | None]:
-        """The update rule's c at the coming step for each parameter, None for those without gradient."""
-        counted = self._state.updates + 1 if self._state.young else None
-        model, known = preconditioner_of(self.optimizer), dict[Any, float]()
-        flips: list[float | None] = []
-        for index, group in enumerate(self.optimizer.param_groups):
-            for p in group["params"]:
-                state = self.optimizer.state.get(p, {})
-                key = index, len(state), int(state.get("step", 0))  # what a rule depends on
-                if p.grad is not None and key not in known:
-                    known[key] = model.rule(group, state, counted).flip
-                flips.append(known[key] if p.grad is not None else None)
-        return flips
+    @property
+    def _counted(self) -> int | None:
+        """The number of the coming update, where we have seen all of them."""
+        return self._state.updates + 1 if self._state.young else None
 
     def apply(self) -> None:
         """Writes the applied lrs under the cap in force."""
@@ -292,9 +293,9 @@ class CoherenceGuard:
         return self.rates.capped_at(None if self._closed else self._state.cap)
 
     def _after(self, updated: bool) -> None:
-        """After the update: counts it, and drops the closure."""
-        self._observed = None  # it binds late and holds a batch
+        """After the update: counts it. One that a GradScaler dropped does not count, and has used no closure."""
         if not updated:
+            self._observed = None
             return
         state = self._state
         if self.rates.capped:
@@ -306,15 +307,6 @@ class CoherenceGuard:
         state.updates += 1
         if self.restore:
             self.rates.give_back()
-
-    def _gradients(self) -> list[Tensor]:
-        return [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-
-    def _gradient_norm(self) -> float:
-        grads = [g.coalesce().values() if g.is_sparse else g for g in self._gradients()]
-        norm = torch.nn.utils.get_total_norm(grads)
-        scale = getattr(self.optimizer, "grad_scale", None)
-        return float(norm if scale is None else norm / scale.to(norm.device))
 
     # ---- measuring and deciding
 
@@ -337,7 +329,7 @@ class CoherenceGuard:
             self._record(action, moved or f"{found.failure}; the cap {state.cap:.3g} stays", found, lr, lr)
 
     def _movers(self, shares: Sequence[float]) -> list[Mover]:
-        return movers(self.optimizer, shares, self._state.updates + 1 if self._state.young else None)
+        return movers(self.ensemble, shares, self._counted)
 
     def _measured(self, closure: Closure, alarm: bool) -> Measurement:
         """Measures the coming step; whatever goes wrong becomes the measurement's `failure`."""
@@ -371,7 +363,7 @@ class CoherenceGuard:
             self._warn_once(
                 "joint",
                 "two safe_lr schedulers act on one loss, each as if the other's parameters stood still. Their joint "
-                "limit can be half of each: give all parameters to one optimizer, as groups, or set margin=0.25.",
+                "limit can be half of each: give both optimizers to one CoherenceGuard([a, b]).",
             )
         return found
 
@@ -405,7 +397,7 @@ class CoherenceGuard:
         before = self.rates.applied[group]
         if found.failure is None:
             self._vectors = found.vectors if self._warm_start else {}
-            state.flips = self._flips()
+            state.flips = self.ensemble.flips(self._counted)
         _, moved = self._controller.settle(found, lr_ref=self.rates.lr_ref, jump=jump)
         self.apply()
         after = self.rates.applied[group]
@@ -417,7 +409,7 @@ class CoherenceGuard:
 
     def _record(self, action: Action, reason: str, found: Measurement, before: float, after: float) -> None:
         group = self.rates.reference
-        desired, betas = self.rates.desired[group], decays(self.optimizer.param_groups[group])
+        desired, betas = self.rates.desired[group], decays(self.ensemble.param_groups[group])
         decision = self._state.decision(action, reason, found, group, (desired, before, after), betas)
         self.history.append(decision)
         if self._log:
@@ -429,13 +421,13 @@ class CoherenceGuard:
         return {
             **asdict(self.settings),
             **asdict(self.policy),
-            "optimizer": type(self.optimizer).__name__,
+            "optimizer": self.ensemble.name,
             "seed": self._seed,
         }
 
     def _row(self) -> dict[str, Any]:
         group = self.rates.reference
-        betas = decays(self.optimizer.param_groups[group])
+        betas = decays(self.ensemble.param_groups[group])
         return self._state.row(self.rates.applied, self.rates.desired, group, betas, capped=self.rates.capped)
 
     def _warn_once(self, key: str, message: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -14,16 +14,17 @@ from torch.utils.hooks import RemovableHandle
 
 
 def around_updates(
-    optimizer: Optimizer, before: Callable[[], None], after: Callable[[bool], None]
+    optimizers: Sequence[Optimizer], before: Callable[[], None], after: Callable[[bool], None]
 ) -> list[RemovableHandle]:
     """Calls `before()` when the gradients of an update are there, and `after(updated)` when `step()` is over.
 
     In `optimizer.step(closure)` there are no gradients when torch's pre-hook runs: `before` then runs when that closure
     has run. A fused optimizer drops an update whose gradients overflowed (GradScaler): `before` is not called for it,
-    and `updated` is False.
+    and `updated` is False. Several optimizers make one update together: `before` runs before the first of them steps,
+    `after` when the last one has, or when one is about to step again.
 
     Args:
-        optimizer: Whose updates.
+        optimizers: Whose updates.
         before: A bound method, held weakly: the optimizer must not keep alive what everyone else has dropped.
         after: Likewise.
 
@@ -37,40 +38,68 @@ def around_updates(
         ...     def after(self, updated): print("after", updated)
         >>> watch, x = Watch(), torch.zeros(1, requires_grad=True)
         >>> optimizer = torch.optim.SGD([x])
-        >>> handles = around_updates(optimizer, watch.before, watch.after)
+        >>> handles = around_updates([optimizer], watch.before, watch.after)
         >>> x.sum().backward()
         >>> optimizer.step()
         before
         after True
     """
-    weak_before, weak_after = weakref.WeakMethod(before), weakref.WeakMethod(after)
+    update = _Update(len(optimizers), weakref.WeakMethod(before), weakref.WeakMethod(after))
+    handles = []
+    for optimizer in optimizers:
+        handles.append(optimizer.register_step_pre_hook(update.pre_hook))
+        handles.append(optimizer.register_step_post_hook(update.post_hook))
+    return handles
 
-    def act() -> None:
-        method = weak_before()
-        if method is not None and not _dropped(optimizer):
+
+class _Update:
+    """One update, by as many optimizers as take part in it."""
+
+    def __init__(
+        self,
+        members: int,
+        before: weakref.ReferenceType[Callable[[], None]],
+        after: weakref.ReferenceType[Callable[[bool], None]],
+    ) -> None:
+        self.members, self.before, self.after = members, before, after
+        self.stepped: set[int] = set()
+        self.updated = self.begun = False
+
+    def begin(self, optimizer: Optimizer) -> None:
+        if id(optimizer) in self.stepped:
+            self.end()
+        method = self.before()
+        if method is not None and not self.begun and not _dropped(optimizer):
+            self.begun = True
             method()
 
-    def pre(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    def end(self) -> None:
+        updated, method = self.updated, self.after()
+        self.stepped.clear()
+        self.updated = self.begun = False
+        if method is not None:
+            method(updated)
+
+    def pre_hook(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            act()
+            self.begin(optimizer)
             return None
 
-        def then_act() -> Any:
+        def then_begin() -> Any:
             loss = closure()
-            act()
+            self.begin(optimizer)
             return loss
 
         if "closure" in kwargs:
-            return args, {**kwargs, "closure": then_act}
-        return (args[0], then_act, *args[2:]), kwargs
+            return args, {**kwargs, "closure": then_begin}
+        return (args[0], then_begin, *args[2:]), kwargs
 
-    def post(*_: object) -> None:
-        method = weak_after()
-        if method is not None:
-            method(not _dropped(optimizer))
-
-    return [optimizer.register_step_pre_hook(pre), optimizer.register_step_post_hook(post)]
+    def post_hook(self, optimizer: Optimizer, *_: object) -> None:
+        self.stepped.add(id(optimizer))
+        self.updated = self.updated or not _dropped(optimizer)
+        if len(self.stepped) == self.members:
+            self.end()
 
 
 def warn_user(message: str) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from safe_lr.closures import Closure, ClosureError, leave_no_trace
 from safe_lr.eigenproblem import BOUNDS, MIN_MATVECS, Eigenproblem, MeasurementFailed, Mover, ascends, movers, shares
+from safe_lr.ensemble import Ensemble
 from safe_lr.operators import Curvature, exact_hessian
 
 CURVATURES = ("hessian",)
@@ -142,7 +143,7 @@ class Measurement:
 
 
 def measure(
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
     closure: Closure | None = None,
     *,
     bound: str = "momentum",
@@ -162,7 +163,7 @@ def measure(
     coming step. Parameters, gradients, buffers, modes and random streams are left as they were, bit for bit.
 
     Args:
-        optimizer: A torch optimizer; its state, hyper-parameters and groups are read.
+        optimizer: A torch optimizer, or several that act on one loss; state, hyper-parameters and groups are read.
         closure: Returns the scalar loss with its graph; no `backward()`. It is evaluated once.
         bound: Which of `limits` becomes `lr_limit`: `momentum`, `coherence` or `lemma1`.
         curvature: `hessian`.
@@ -188,19 +189,16 @@ def measure(
     References:
         The source paper, Eq. 16-17, 20-21, 23.
     """
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(
-            f"measure() takes the optimizer first and a closure second, got {type(optimizer).__name__} first"
-        )
+    ensemble = Ensemble(optimizer)
     if not callable(closure):
         raise TypeError(
             "measure() needs a closure that returns the loss, measure(optimizer, lambda: criterion(model(x), y)); got "
             f"{type(closure).__name__}"
         )
     settings = Settings(bound, curvature, hvp, tol, max_matvecs)
-    lrs = [float(group["lr"]) for group in optimizer.param_groups]
-    initial = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
-    moving = movers(optimizer, shares(lrs, initial)[1])
+    lrs = [float(group["lr"]) for group in ensemble.param_groups]
+    initial = [float(group.get("initial_lr", group["lr"])) for group in ensemble.param_groups]
+    moving = movers(ensemble, shares(lrs, initial)[1])
     if not moving:
         raise ValueError("no parameter of the optimizer requires grad in a group with lr > 0: nothing can be measured")
     for mover in moving:

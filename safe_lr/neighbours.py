@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Protocol
 
 from torch import Tensor
-from torch.optim import Optimizer
 
 from safe_lr.decisions import Summary
+from safe_lr.ensemble import Ensemble
 
 
 class Guarding(Protocol):
     """What a guard is to its neighbours."""
 
     @property
-    def optimizer(self) -> Optimizer:
-        """The optimizer that it guards."""
+    def ensemble(self) -> Ensemble:
+        """The optimizers that it guards."""
         ...
 
     def summary(self) -> Summary:
@@ -43,9 +43,10 @@ class Neighbours:
         """Takes a guard out; one that is dropped leaves by itself."""
         self._alive.pop(guard, None)
 
-    def on(self, optimizer: Optimizer) -> list[Guarding]:
-        """Returns the guards of an optimizer."""
-        return [guard for guard in self._alive if guard.optimizer is optimizer]
+    def on(self, ensemble: Ensemble) -> list[Guarding]:
+        """Returns the guards that have one of these optimizers."""
+        mine = {id(member) for member in ensemble.members}
+        return [guard for guard in self._alive if mine & {id(member) for member in guard.ensemble.members}]
 
     def alone(self, guard: Guarding) -> bool:
         """Whether there is no other guard."""
@@ -90,5 +91,4 @@ def leaves(loss: Tensor) -> Iterator[Tensor]:
 
 
 def _ids(guard: Guarding) -> set[int]:
-    groups: Iterable[dict[str, list[Tensor]]] = guard.optimizer.param_groups
-    return {id(p) for group in groups for p in group["params"]}
+    return {id(p) for group in guard.ensemble.param_groups for p in group["params"]}

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from safe_lr.eigenproblem import shares
+from safe_lr.ensemble import Ensemble
 
 DRIFT = 1.1
 """A group's share of lr_ref may grow by this factor before the measured limit counts as outdated."""
@@ -23,7 +24,7 @@ class Rates:
     is never written.
 
     Args:
-        optimizer: The optimizer whose groups these are. Groups may be added later.
+        optimizer: Whatever has `param_groups`, an optimizer or an `Ensemble`. Groups may be added later.
 
     Attributes:
         desired: The lr of each group that the schedule, or the user, asks for.
@@ -45,7 +46,7 @@ class Rates:
         1.0
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer | Ensemble) -> None:
         self.optimizer = optimizer
         self.desired = self.applied
         self.shares: list[float] = []

@@ -117,6 +117,11 @@ class CoherenceScheduler(LRScheduler):
         log_path: str | Path | None = None,
         seed: int = 0,
     ) -> None:
+        if isinstance(optimizer, (list, tuple)) and any(isinstance(member, Optimizer) for member in optimizer):
+            raise TypeError(
+                "a scheduler has one optimizer; for several on one loss keep their schedules and cap them together: "
+                "CoherenceGuard([a, b])"
+            )
         # torch's own __init__ is not called: it would step, and keep an epoch count beside the inner schedule's.
         self._guard = CoherenceGuard(
             optimizer,

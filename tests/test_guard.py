@@ -833,3 +833,84 @@ def test_a_gan_is_not_one_loss() -> None:
         critic.grad = None
     assert first.summary().measurements > 1 and second.summary().measurements > 1
     first.close(), second.close()
+
+
+# ---- several optimizers on one loss
+
+
+def _coupled(*makes: Callable[..., Any], lr: float = 10.0, **options: Any) -> tuple[Any, Any, Any, Any]:
+    """loss = x' H x / 2 with H = [[1, .95], [.95, 1]], one coordinate for each optimizer."""
+    params = [nn.Parameter(torch.tensor([1.0 + 0.1 * k], dtype=torch.float64)) for k in range(len(makes))]
+    optimizers = [make([p], lr=lr) for make, p in zip(makes, params, strict=True)]
+    guard = CoherenceGuard(optimizers, loggers=None, **options)
+
+    def loss() -> Tensor:
+        x = torch.cat(params)
+        h = torch.full((len(x), len(x)), 0.95, dtype=x.dtype) + 0.05 * torch.eye(len(x), dtype=x.dtype)
+        return x @ h @ x / 2
+
+    return params, optimizers, guard, loss
+
+
+def test_the_joint_limit_of_two_optimizers_is_that_of_both() -> None:
+    params, optimizers, guard, loss = _coupled(SGD, SGD, margin=1.0, tol=1e-8)
+    assert guard.measure(loss).lr_limit == pytest.approx(2 / 1.95)
+    inside: list[list[float]] = []
+    optimizers[1].register_step_post_hook(lambda *_: inside.append(guard.coming_lrs()))
+    for _ in range(5):
+        loss().backward()
+        guard.observe(loss)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        assert [o.param_groups[0]["lr"] for o in optimizers] == [10.0, 10.0]
+    assert inside == [pytest.approx([2 / 1.95] * 2)] * 5
+    assert guard.summary().steps == 5 and guard.summary().capped_steps == 5
+
+
+def test_two_optimizers_of_different_kinds_share_one_scale() -> None:
+    """The dense D^1/2 H D^1/2 with each optimizer's own c and P is the oracle."""
+    params, optimizers, guard, loss = _coupled(lambda p, lr: SGD(p, lr=lr / 4, momentum=0.9), Adam, lr=4.0)
+    for _ in range(3):
+        loss().backward()
+        guard.observe(loss)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    loss().backward()
+    found = guard.measure(loss)
+    models = [(o, o.state[p], p) for o, p in zip(optimizers, params, strict=True)]
+    c = [guard.ensemble.models[k].rule(o.param_groups[0], s).flip for k, (o, s, p) in enumerate(models)]
+    step, g = 4, params[1].grad
+    v = 0.999 * optimizers[1].state[params[1]]["exp_avg_sq"] + 0.001 * g**2
+    p = np.array([1.0, float(v.sqrt() / np.sqrt(1 - 0.999**step) + 1e-8)])
+    d = np.sqrt(2 / np.array(c) * np.array([0.25, 1.0]) / p)
+    h = np.array([[1.0, 0.95], [0.95, 1.0]])
+    assert found.lr_limit == pytest.approx(2 / np.linalg.eigvalsh(d[:, None] * h * d).max(), rel=1e-3)
+
+
+def test_an_optimizer_that_steps_more_often_begins_a_new_update() -> None:
+    params, optimizers, guard, loss = _coupled(SGD, SGD, margin=0.5)
+    for _ in range(6):
+        loss().backward()
+        guard.observe(loss)
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+    assert guard.summary().steps == 5  # the sixth is over when one of them steps again
+    assert float(params[0].detach().abs()) < 2
+
+
+@pytest.mark.parametrize(
+    ("optimizers", "message"),
+    [
+        (lambda a, b: [], "empty list"),
+        (lambda a, b: [SGD([a], lr=1.0), 3], "got int"),
+        (lambda a, b: [SGD([a, b], lr=1.0), Adam([b])], "belongs to two"),
+    ],
+)
+def test_optimizers_that_do_not_go_together_are_refused(optimizers: Any, message: str) -> None:
+    a, b = (nn.Parameter(torch.ones(1)) for _ in range(2))
+    with pytest.raises((TypeError, ValueError), match=message):
+        CoherenceGuard(optimizers(a, b), loggers=None)
+    with pytest.raises(TypeError, match=r"CoherenceGuard\(\[a, b\]\)"):
+        CoherenceScheduler([SGD([a], lr=1.0), SGD([b], lr=1.0)], loggers=None)

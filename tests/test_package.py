@@ -33,6 +33,7 @@ ORDER = (
     "measurement",
     "sharpness",
     "eigenproblem",
+    "ensemble",
     "operators",
     "closures",
     "preconditioners",

@@ -1,0 +1,110 @@
+"""One optimizer or several that act on one loss, seen as one list of parameter groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from safe_lr.preconditioners import Preconditioner, preconditioner_of
+
+
+class Ensemble:
+    """Several optimizers on one loss (Muon for matrices beside AdamW for the rest), or a single one.
+
+    Their limit is a joint one: with H = [[1, .95], [.95, 1]] each half alone is stable below 2, both together below
+    1.03.
+
+    Args:
+        optimizers: An optimizer, or several that share no parameter.
+
+    Raises:
+        TypeError: Not an optimizer, or one that is not known.
+        ValueError: None at all, or a parameter in two of them.
+
+    Example:
+        >>> a, b = (torch.optim.SGD([torch.ones(1)], lr=lr) for lr in (0.1, 0.2))
+        >>> [group["lr"] for group in Ensemble([a, b]).param_groups]
+        [0.1, 0.2]
+    """
+
+    def __init__(self, optimizers: Optimizer | Sequence[Optimizer]) -> None:
+        several: list[Any] = list(optimizers) if isinstance(optimizers, (list, tuple)) else [optimizers]
+        for optimizer in several:
+            if not isinstance(optimizer, Optimizer):
+                raise TypeError(
+                    "optimizer must be a torch.optim.Optimizer, or a list of them where several act on one loss; got "
+                    f"{type(optimizer).__name__}"
+                )
+        if not several:
+            raise ValueError("optimizer is an empty list: at least one is needed")
+        self.members: list[Optimizer] = several
+        self.models: list[Preconditioner] = [preconditioner_of(optimizer) for optimizer in several]
+        owned = [id(p) for optimizer in several for group in optimizer.param_groups for p in group["params"]]
+        if len(owned) != len(set(owned)):
+            raise ValueError("a parameter belongs to two of the optimizers: who moves it must be one")
+
+    @property
+    def name(self) -> str:
+        """The classes' names."""
+        return " + ".join(type(optimizer).__name__ for optimizer in self.members)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of all, in order."""
+        return [group for optimizer in self.members for group in optimizer.param_groups]
+
+    def owned(self) -> Iterator[tuple[Optimizer, Preconditioner, int, dict[str, Any]]]:
+        """Yields each group with its optimizer, what that is, and the group's index in `param_groups`."""
+        index = 0
+        for optimizer, model in zip(self.members, self.models, strict=True):
+            for group in optimizer.param_groups:
+                yield optimizer, model, index, group
+                index += 1
+
+    @property
+    def fresh(self) -> bool:
+        """Whether none has made an update yet."""
+        return not any(any(optimizer.state.values()) for optimizer in self.members)
+
+    def gradients(self) -> list[Tensor]:
+        """Returns the gradients that are there, unscaled."""
+        return [
+            unscaled(p.grad, optimizer)
+            for optimizer in self.members
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        ]
+
+    def flips(self, updates: int | None) -> list[float | None]:
+        """Returns the update rule's c at the coming step for each parameter, None for those without gradient.
+
+        Args:
+            updates: Number of the coming update as counted by the scheduler, None where nobody counted.
+        """
+        known: dict[tuple[int, int, int], float] = {}
+        flips: list[float | None] = []
+        for optimizer, model, index, group in self.owned():
+            for p in group["params"]:
+                state = optimizer.state.get(p, {})
+                key = index, len(state), int(state.get("step", 0))  # what a rule depends on
+                if p.grad is not None and key not in known:
+                    known[key] = model.rule(group, state, updates).flip
+                flips.append(known[key] if p.grad is not None else None)
+        return flips
+
+
+def unscaled(grad: Tensor, optimizer: Optimizer) -> Tensor:
+    """Returns a gradient, dense and detached, as the optimizer will use it: fused ones unscale inside `step()`."""
+    grad = (grad.to_dense() if grad.is_sparse else grad).detach()
+    scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+    return grad if scale is None else grad / scale.to(grad.device)
+
+
+def norm(gradients: Sequence[Tensor]) -> float:
+    """Returns the total norm of some gradients, one synchronisation for all."""
+    return float(torch.nn.utils.get_total_norm(list(gradients)))
