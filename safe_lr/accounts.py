@@ -66,7 +66,10 @@ class State:
             if self.cap is not None:
                 held = f"the last cap {self.cap:.3g} is held"
             return "hold", f"{found.failure}; {held}"
-        allowed = f"{self.margin:.3g} x limit {found.lr_limit:.3g}"
+        limit = "limit" if found.curvature != "trial" else "largest lr that lowers the batch's loss (no limit exists)"
+        allowed = f"{self.margin:.3g} x {limit} {found.lr_limit:.3g}"
+        if found.inferred:
+            allowed += " (P inferred from the optimizer's own update)"
         if (found.gradient_ratio or 0.0) > SUMMED:
             allowed += (
                 f" (the training gradient is {found.gradient_ratio:.3g} times the closure's: where backward() calls "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from safe_lr.preconditioners import Preconditioner, preconditioner_of
+from safe_lr.preconditioners import FromUpdate, Preconditioner, preconditioner_of, refused
 
 
 class Ensemble:
@@ -20,10 +20,12 @@ class Ensemble:
 
     Args:
         optimizers: An optimizer, or several that share no parameter.
+        preconditioner: What they are: None for what is registered, "from-update" to infer P from the update of those
+            that are not, or a `Preconditioner` for all.
 
     Raises:
         TypeError: Not an optimizer, or one that is not known.
-        ValueError: None at all, or a parameter in two of them.
+        ValueError: None at all, a parameter in two of them, or another word than "from-update".
 
     Example:
         >>> a, b = (torch.optim.SGD([torch.ones(1)], lr=lr) for lr in (0.1, 0.2))
@@ -31,7 +33,9 @@ class Ensemble:
         [0.1, 0.2]
     """
 
-    def __init__(self, optimizers: Optimizer | Sequence[Optimizer]) -> None:
+    def __init__(
+        self, optimizers: Optimizer | Sequence[Optimizer], preconditioner: str | Preconditioner | None = None
+    ) -> None:
         several: list[Any] = list(optimizers) if isinstance(optimizers, (list, tuple)) else [optimizers]
         for optimizer in several:
             if not isinstance(optimizer, Optimizer):
@@ -42,7 +46,7 @@ class Ensemble:
         if not several:
             raise ValueError("optimizer is an empty list: at least one is needed")
         self.members: list[Optimizer] = several
-        self.models: list[Preconditioner] = [preconditioner_of(optimizer) for optimizer in several]
+        self.models = [_model(optimizer, preconditioner) for optimizer in several]
         owned = [id(p) for optimizer in several for group in optimizer.param_groups for p in group["params"]]
         if len(owned) != len(set(owned)):
             raise ValueError("a parameter belongs to two of the optimizers: who moves it must be one")
@@ -51,6 +55,11 @@ class Ensemble:
     def name(self) -> str:
         """The classes' names."""
         return " + ".join(type(optimizer).__name__ for optimizer in self.members)
+
+    @property
+    def kinds(self) -> set[str]:
+        """What is known of the members' limits: see `Preconditioner.kind`."""
+        return {model.kind for model in self.models}
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -96,6 +105,21 @@ class Ensemble:
                     known[key] = model.rule(group, state, updates).flip
                 flips.append(known[key] if p.grad is not None else None)
         return flips
+
+
+def _model(optimizer: Optimizer, preconditioner: str | Preconditioner | None) -> Preconditioner:
+    if isinstance(preconditioner, Preconditioner):
+        return preconditioner
+    if preconditioner not in (None, "from-update"):
+        raise ValueError(
+            f"preconditioner must be None, 'from-update' or a safe_lr.Preconditioner, got {preconditioner!r}"
+        )
+    try:
+        return preconditioner_of(optimizer)
+    except TypeError:
+        if preconditioner is None or refused(optimizer):
+            raise
+        return FromUpdate(optimizer)
 
 
 def unscaled(grad: Tensor, optimizer: Optimizer) -> Tensor:

@@ -32,11 +32,12 @@ from safe_lr.measurement import (
     Settings,
     measure,
     measure_step,
+    search_step,
     try_step,
 )
 from safe_lr.neighbours import Neighbours
 from safe_lr.policies import Policy
-from safe_lr.preconditioners import decays
+from safe_lr.preconditioners import Preconditioner, decays
 from safe_lr.rates import Rates
 
 HISTORY = 10_000
@@ -94,13 +95,14 @@ class CoherenceGuard:
         max_overhead: float = 0.05,
         credit: float = 60.0,
         lambda_every: int = 4,
+        preconditioner: str | Preconditioner | None = None,
         on_failure: str = "hold",
         loggers: str | Logger | Sequence[Logger] | None = "auto",
         log_path: str | Path | None = None,
         seed: int = 0,
         restore: bool = True,
     ) -> None:
-        self.ensemble = Ensemble(optimizer)
+        self.ensemble = Ensemble(optimizer, preconditioner)
         if on_failure not in ("hold", "raise"):
             raise ValueError(f"on_failure must be one of 'hold', 'raise', got {on_failure!r}")
         for name, number in (("lambda_every", lambda_every), ("seed", seed)):
@@ -121,7 +123,7 @@ class CoherenceGuard:
         self.last_measurement: Measurement | None = None
         self._warm_start, self._lambda_every, self._on_failure, self._seed = warm_start, lambda_every, on_failure, seed
         self.restore = restore
-        self._probe = probe
+        self._probe, self._preconditioner = probe, preconditioner
         self._observed: Closure | None = None
         self._vectors: dict[str, Tensor] = {}
         self._warned: set[str] = set()
@@ -183,7 +185,13 @@ class CoherenceGuard:
         self.rates.give_back()  # the shares of lr_ref are the desired lrs'
         try:
             return measure(
-                self.ensemble.members, closure, bound=s.bound, curvature=s.curvature, hvp=s.hvp, seed=self._seed
+                self.ensemble.members,
+                closure,
+                bound=s.bound,
+                curvature=s.curvature,
+                hvp=s.hvp,
+                preconditioner=self._preconditioner,
+                seed=self._seed,
             )
         finally:
             if applied != self.rates.applied:
@@ -341,15 +349,20 @@ class CoherenceGuard:
             if self._probe is not None:
                 for mover in moving:
                     mover.grad = None  # P is that of a step taken on the probe
-            found = measure_step(
-                moving,
-                self._watched(closure),
-                replace(self.settings, max_matvecs=int(min(room, self.settings.max_matvecs))),
-                seed=self._seed + state.measurements,
-                also=("lemma1",) if (state.measurements + 1) % self._lambda_every == 0 else (),
-                warm=self._vectors if self._warm_start else None,
-                try_lr=lambda found: control.lr_to_try(found.lr_limit, self.rates.lr_ref),
-            )
+            if "trial" in self.ensemble.kinds:
+                found = search_step(moving, closure, self.rates.lr_ref / self.policy.trial_slack)
+            else:
+                found = measure_step(
+                    moving,
+                    self._watched(closure),
+                    replace(self.settings, max_matvecs=int(min(room, self.settings.max_matvecs))),
+                    seed=self._seed + state.measurements,
+                    also=("lemma1",) if (state.measurements + 1) % self._lambda_every == 0 else (),
+                    warm=self._vectors if self._warm_start else None,
+                    try_lr=lambda found: control.lr_to_try(found.lr_limit, self.rates.lr_ref),
+                )
+            if "inferred" in self.ensemble.kinds:
+                found = replace(found, inferred=True)
             if found.failure is not None and self._on_failure == "raise":
                 raise MeasurementFailed(found.failure, found.num_matvecs)
         except Exception as error:  # noqa: BLE001 (raised again or recorded)

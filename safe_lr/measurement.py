@@ -15,6 +15,7 @@ from safe_lr.closures import Closure, ClosureError, leave_no_trace
 from safe_lr.eigenproblem import BOUNDS, MIN_MATVECS, Eigenproblem, MeasurementFailed, Mover, ascends, movers, shares
 from safe_lr.ensemble import Ensemble
 from safe_lr.operators import Curvature, exact_hessian
+from safe_lr.preconditioners import Preconditioner
 
 CURVATURES = ("hessian",)
 HVPS = ("auto", "exact")
@@ -23,6 +24,9 @@ HVPS = ("auto", "exact")
 COST_OF_GRAPH = 1.0
 COST_OF_PRODUCT = 2.0
 COST_OF_LOSS = 1 / 3
+
+SEARCHES = 24
+"""Trial steps of one search for the largest lr that lowers the loss: down to a ten-millionth of where it began."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,7 @@ class Measurement:
         maximize: Whether the optimizer climbs.
         gradient_ratio: The training gradient along the closure's own, in units of it: about 1 where both are of one
             batch, k where k backward passes were added up. None without a training gradient.
+        inferred: Whether P was inferred from an unknown optimizer's own update.
         vectors: The eigenvectors found, for a warm start.
     """
 
@@ -126,6 +131,7 @@ class Measurement:
     trial_loss: float | None = None
     maximize: bool = False
     gradient_ratio: float | None = None
+    inferred: bool = False
     vectors: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -151,6 +157,7 @@ def measure(
     hvp: str = "auto",
     tol: float = 1e-3,
     max_matvecs: int = 500,
+    preconditioner: str | Preconditioner | None = None,
     seed: int = 0,
 ) -> Measurement:
     """Measures, once and with nothing changed, how large an lr the optimizer could take now.
@@ -170,6 +177,8 @@ def measure(
         hvp: `auto` or `exact`.
         tol: Relative residual of the eigenvalues.
         max_matvecs: Largest number of products, over all eigenvalues.
+        preconditioner: None for what is registered, "from-update" to infer P from an unknown optimizer's own update, or
+            a `Preconditioner`.
         seed: Seed of the start vectors.
 
     Returns:
@@ -189,7 +198,12 @@ def measure(
     References:
         The source paper, Eq. 16-17, 20-21, 23.
     """
-    ensemble = Ensemble(optimizer)
+    ensemble = Ensemble(optimizer, preconditioner)
+    if "trial" in ensemble.kinds:
+        raise TypeError(
+            f"{ensemble.name} has no stability limit to measure: it steps by signs. A CoherenceScheduler or "
+            "CoherenceGuard holds its lr by trial steps alone."
+        )
     if not callable(closure):
         raise TypeError(
             "measure() needs a closure that returns the loss, measure(optimizer, lambda: criterion(model(x), y)); got "
@@ -254,9 +268,46 @@ def measure_step(
                 with contextlib.suppress(RuntimeError, MemoryError):  # out of memory: the limit stands without a trial
                     trial_loss = untouched.loss_after(closure, problem.coming_steps(lr))
                     found = replace(found, trial_lr=lr, trial_loss=trial_loss)
-        except MeasurementFailed as failed:
-            found = replace(found, failure=str(failed), num_matvecs=failed.num_matvecs)
-            found = replace(found, cost=COST_OF_GRAPH + COST_OF_PRODUCT * failed.num_matvecs)
+        except ArithmeticError as failed:
+            spent = getattr(failed, "num_matvecs", 0)
+            found = replace(found, failure=str(failed), num_matvecs=spent)
+            found = replace(found, cost=COST_OF_GRAPH + COST_OF_PRODUCT * spent)
+    return replace(found, seconds=time.perf_counter() - started)
+
+
+def search_step(moving: Sequence[Mover], closure: Closure, start: float) -> Measurement:
+    """Finds by halving the largest lr at which the coming step does not make the batch's loss worse.
+
+    This stands in for the limit where an optimizer has none. Forward passes only, at most SEARCHES.
+
+    Args:
+        moving: The parameters that may move, with their training gradients.
+        closure: Returns the loss.
+        start: The lr to begin with, in units of lr_ref.
+
+    Returns:
+        A `Measurement` with `curvature` "trial", that lr as `lr_limit`, and no eigenvalue; or a `failure`.
+    """
+    started = time.perf_counter()
+    found = Measurement(curvature="trial", hvp="none", cost=COST_OF_LOSS)
+    try:
+        found = replace(found, maximize=ascends(moving))
+        with leave_no_trace([m.param for m in moving]) as untouched:
+            loss = float(untouched.loss(closure).detach())
+            _check_finite(loss)
+            found = replace(found, loss=loss)
+            for halvings in range(SEARCHES):
+                lr = start / 2**halvings
+                steps = [None if m.grad is None else m.coming_step(m.grad, lr) for m in moving]
+                tried = replace(found, trial_loss=untouched.loss_after(closure, steps))
+                found = replace(found, cost=found.cost + COST_OF_LOSS)
+                if tried.trial_failed is False:
+                    found = replace(found, lr_limit=lr)
+                    break
+            else:
+                raise MeasurementFailed(f"no step down to lr {lr:.3g} lowers the batch's loss")
+    except MeasurementFailed as failed:
+        found = replace(found, failure=str(failed))
     return replace(found, seconds=time.perf_counter() - started)
 
 

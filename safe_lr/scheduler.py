@@ -17,6 +17,7 @@ from safe_lr.decisions import Decision, Summary
 from safe_lr.guard import CoherenceGuard
 from safe_lr.loggers import Logger
 from safe_lr.measurement import Measurement
+from safe_lr.preconditioners import Preconditioner
 
 Schedule = Callable[[Optimizer], LRScheduler] | LRScheduler | None
 
@@ -42,7 +43,8 @@ class CoherenceScheduler(LRScheduler):
             optimizer.zero_grad()
 
     Args:
-        optimizer: SGD, Adagrad, RMSprop, Adam, AdamW, or one that was registered.
+        optimizer: Any of `torch.optim` but Rprop and LBFGS, several of other packages (docs/theory.md has the table),
+            or one that was registered.
         schedule: Makes the desired schedule, or is one made on this optimizer; None keeps the optimizer's own lr.
         bound: `momentum` (c / gamma, exact with momentum), `coherence` (2 / gamma) or `lemma1` (2 p_min / lambda_max,
             the source paper's worst case, usually a hundred times too small for Adam).
@@ -62,6 +64,8 @@ class CoherenceScheduler(LRScheduler):
         credit: ... beside this many, spent early and on alarms. Counts, not clocks: runs repeat bit for bit. A quarter
             is kept for alarms; below about 11 (18 under `lemma1`) the first updates go unmeasured.
         lambda_every: Every how many measurements lambda_max itself is solved for (gamma always is).
+        preconditioner: None for what is registered, "from-update" to infer P from the update of an optimizer that is
+            not, or a `Preconditioner`.
         on_failure: `hold` the last cap and record why, or `raise`.
         loggers: "auto" (W&B if a run is active), a `Logger`, several, or None.
         log_path: Where to write the record of decisions (JSON lines), if anywhere.
@@ -112,6 +116,7 @@ class CoherenceScheduler(LRScheduler):
         max_overhead: float = 0.05,
         credit: float = 60.0,
         lambda_every: int = 4,
+        preconditioner: str | Preconditioner | None = None,
         on_failure: str = "hold",
         loggers: str | Logger | Sequence[Logger] | None = "auto",
         log_path: str | Path | None = None,
@@ -139,6 +144,7 @@ class CoherenceScheduler(LRScheduler):
             max_overhead=max_overhead,
             credit=credit,
             lambda_every=lambda_every,
+            preconditioner=preconditioner,
             on_failure=on_failure,
             loggers=loggers,
             log_path=log_path,

@@ -18,15 +18,38 @@ from safe_lr.preconditioners.adaptive import (
     SparseAdam,
 )
 from safe_lr.preconditioners.base import Group, Preconditioner, State
+from safe_lr.preconditioners.inferred import FromUpdate
 from safe_lr.preconditioners.momentum import ASGD, SGD
-from safe_lr.preconditioners.registry import decays, known, preconditioner_of, refuse, register, register_by_name
+from safe_lr.preconditioners.registry import (
+    decays,
+    known,
+    preconditioner_of,
+    refuse,
+    refused,
+    register,
+    register_by_name,
+)
 from safe_lr.preconditioners.scales import Adafactor, Muon
+from safe_lr.preconditioners.signs import Lion
 
-__all__ = ["Group", "Preconditioner", "State", "decays", "known", "preconditioner_of", "register", "register_by_name"]
+__all__ = [
+    "FromUpdate",
+    "Group",
+    "Preconditioner",
+    "State",
+    "decays",
+    "known",
+    "preconditioner_of",
+    "refused",
+    "register",
+    "register_by_name",
+]
 
 for _model in (SGD, ASGD, Adagrad, RMSprop, Adadelta, Adam, AdamW, Adamax, NAdam, RAdam, SparseAdam, Adafactor, Muon):
     if hasattr(torch.optim, _model.__name__):  # Muon came with torch 2.9
         register(getattr(torch.optim, _model.__name__), _model())
+
+register_by_name("pytorch_optimizer.Lion", Lion())
 
 refuse(
     torch.optim.Rprop,

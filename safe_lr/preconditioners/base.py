@@ -31,7 +31,8 @@ class Preconditioner(ABC):
 
     kind: ClassVar[str] = "exact"
     """`exact`: the limit is where the optimizer turns unstable on a quadratic with this P. `local scale`: P is itself a
-    function of the gradient or the parameter, and stands for the coming step alone."""
+    function of the gradient or the parameter, and stands for the coming step alone. `trial`: no limit exists, trial
+    steps alone hold lr. `inferred`: P is read off the optimizer's own update."""
 
     decoupled: ClassVar[bool] = False
     """Whether `weight_decay` acts on the parameters directly instead of through the gradient."""

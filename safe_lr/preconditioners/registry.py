@@ -45,6 +45,11 @@ def refuse(optimizer: type[torch.optim.Optimizer], why: str) -> None:
     _REFUSED[optimizer] = why
 
 
+def refused(optimizer: torch.optim.Optimizer) -> bool:
+    """Returns whether an optimizer is known to have no limit."""
+    return isinstance(optimizer, tuple(_REFUSED))
+
+
 def known() -> dict[str, Preconditioner]:
     """Returns what is known, by the name of the class."""
     return {cls.__name__: model for cls, model in _KNOWN.items()} | {
@@ -75,7 +80,8 @@ def preconditioner_of(optimizer: torch.optim.Optimizer) -> Preconditioner:
     name = type(optimizer).__name__
     raise TypeError(
         f"safe_lr does not know the preconditioner of {name}; known: {', '.join(sorted(known()))}. Use one of them, or "
-        f"describe it with a subclass of safe_lr.Preconditioner and safe_lr.register({name}, YourPreconditioner())."
+        f"describe it with a subclass of safe_lr.Preconditioner and safe_lr.register({name}, YourPreconditioner()), or "
+        "try preconditioner='from-update'."
     )
 
 
