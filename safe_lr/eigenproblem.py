@@ -150,6 +150,10 @@ class Mover:
                 f"{where} has no {', '.join(missing)} (it has {', '.join(map(str, self.state))}): was it loaded from "
                 "another optimizer, or saved half-way?"
             )
+        for key in self.model.keys(self.group) if self.state and self.model.kind == "exact" else ():
+            value = self.real_state[key]
+            if isinstance(value, Tensor) and value.ndim and value.shape != self.values.shape:
+                raise MeasurementFailed(f"{where} holds {key} of shape {tuple(value.shape)}")
         for name in self.model.second_moments:
             value = self.real_state.get(name)
             if isinstance(value, Tensor) and value.numel() and not bool((value >= 0).all()):
