@@ -35,9 +35,8 @@ def dense_limit(loss: Loss, parts: list[tuple[nn.Parameter, Tensor | float, floa
             if entry.requires_grad
             else [None] * len(params)
         )
-        rows.append(
-            torch.cat([_real(torch.zeros_like(p) if s is None else s.to_dense()) for p, s in zip(params, second, strict=True)])
-        )  # fmt: skip
+        row = [torch.zeros_like(p) if s is None else s.to_dense() for p, s in zip(params, second, strict=True)]
+        rows.append(torch.cat([_real(part) for part in row]))
     h = torch.stack(rows).detach().double()
     h = (h + h.T) / 2
     d, decay = [], []
@@ -171,7 +170,7 @@ def test_tied_parameters_count_once() -> None:
 
 @pytest.mark.parametrize("lrs", [(1e-3, 2e-4), (1e-3, 0.0), (0.0, 0.0)], ids=str)
 def test_groups_of_every_kind_have_one_exact_limit(lrs: tuple[float, float]) -> None:
-    """Different lr, betas and decay; a frozen parameter; one that the loss does not use; lr 0 in one group or in all."""
+    """Different lr, betas, decay; a frozen parameter; one that the loss does not use; lr 0 in one group or in all."""
     torch.manual_seed(0)
     a, b = nn.Linear(4, 5).double(), nn.Linear(5, 1).double()
     frozen, unused = nn.Parameter(torch.ones(5).double(), requires_grad=False), nn.Parameter(torch.ones(2).double())
