@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from safe_lr.preconditioners import FromUpdate, Preconditioner, preconditioner_of, refused
@@ -28,6 +29,7 @@ class Ensemble:
         ValueError: None at all, a parameter in two of them, or another word than "from-update".
 
     Example:
+        >>> import torch
         >>> a, b = (torch.optim.SGD([torch.ones(1)], lr=lr) for lr in (0.1, 0.2))
         >>> [group["lr"] for group in Ensemble([a, b]).param_groups]
         [0.1, 0.2]
@@ -79,15 +81,16 @@ class Ensemble:
         """Whether none has made an update yet."""
         return not any(any(optimizer.state.values()) for optimizer in self.members)
 
-    def gradients(self) -> list[Tensor]:
-        """Returns the gradients that are there, unscaled."""
-        return [
-            unscaled(p.grad, optimizer)
-            for optimizer in self.members
-            for group in optimizer.param_groups
-            for p in group["params"]
-            if p.grad is not None
-        ]
+    def gradient_norm(self) -> float | None:
+        """Returns the norm of all gradients, unscaled; None where there are none. One synchronisation for each member."""
+        norms = []
+        for optimizer in self.members:
+            grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            if grads:
+                dense = [g.coalesce().values() if g.is_sparse else g for g in grads]
+                total, scale = get_total_norm(dense), getattr(optimizer, "grad_scale", None)
+                norms.append(float(total if scale is None else total / scale.to(total.device)))
+        return math.hypot(*norms) if norms else None
 
     def flips(self, updates: int | None) -> list[float | None]:
         """Returns the update rule's c at the coming step for each parameter, None for those without gradient.
@@ -127,8 +130,3 @@ def unscaled(grad: Tensor, optimizer: Optimizer) -> Tensor:
     grad = (grad.to_dense() if grad.is_sparse else grad).detach()
     scale: Tensor | None = getattr(optimizer, "grad_scale", None)
     return grad if scale is None else grad / scale.to(grad.device)
-
-
-def norm(gradients: Sequence[Tensor]) -> float:
-    """Returns the total norm of some gradients, one synchronisation for all."""
-    return float(torch.nn.utils.get_total_norm(list(gradients)))

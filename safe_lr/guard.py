@@ -20,7 +20,7 @@ from safe_lr.closures import Closure
 from safe_lr.controller import Controller
 from safe_lr.decisions import Action, Decision, Summary
 from safe_lr.eigenproblem import MeasurementFailed, Mover, movers
-from safe_lr.ensemble import Ensemble, norm
+from safe_lr.ensemble import Ensemble
 from safe_lr.hooks import around_updates, warn_user
 from safe_lr.loggers import Logger, is_stop_request, resolve
 from safe_lr.loggers.broadcast import Broadcast
@@ -258,10 +258,9 @@ class CoherenceGuard:
             state.young = self.ensemble.fresh
         if self.rates.drifted() and not state.retry:
             state.due_at = min(state.due_at, state.updates)
-        gradients = self.ensemble.gradients()
-        if not gradients:
-            return  # nothing moves
-        size = norm(gradients)
+        size = self.ensemble.gradient_norm()
+        if size is None:
+            return  # no gradients: nothing moves
         usual, alarm = state.trend, state.trend.alarming(size)
         state.trend = usual.after(size)
         if self._controller.due(alarm=alarm):
