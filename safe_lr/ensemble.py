@@ -72,8 +72,9 @@ class Ensemble:
         """Yields each group with its optimizer, what that is, and the group's index in `param_groups`."""
         index = 0
         for optimizer, model in zip(self.members, self.models, strict=True):
+            own = {name: getattr(optimizer, name) for name in model.on_optimizer if hasattr(optimizer, name)}
             for group in optimizer.param_groups:
-                yield optimizer, model, index, group
+                yield optimizer, model, index, {**own, **group} if own else group
                 index += 1
 
     @property
@@ -82,7 +83,7 @@ class Ensemble:
         return not any(any(optimizer.state.values()) for optimizer in self.members)
 
     def gradient_norm(self) -> float | None:
-        """Returns the norm of all gradients, unscaled; None where there are none. One synchronisation for each member."""
+        """Returns the norm of all gradients, unscaled; None where there are none. One synchronisation a member."""
         norms = []
         for optimizer in self.members:
             grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

@@ -19,6 +19,7 @@ from safe_lr.preconditioners.adaptive import (
 )
 from safe_lr.preconditioners.base import Group, Preconditioner, State
 from safe_lr.preconditioners.inferred import FromUpdate
+from safe_lr.preconditioners.kronecker import SOAP, Shampoo
 from safe_lr.preconditioners.momentum import ASGD, SGD
 from safe_lr.preconditioners.registry import (
     decays,
@@ -30,6 +31,7 @@ from safe_lr.preconditioners.registry import (
     register_by_name,
 )
 from safe_lr.preconditioners.scales import Adafactor, Muon
+from safe_lr.preconditioners.schedule_free import AdamWScheduleFree, Prodigy, SGDScheduleFree
 from safe_lr.preconditioners.signs import Lion
 
 __all__ = [
@@ -49,7 +51,16 @@ for _model in (SGD, ASGD, Adagrad, RMSprop, Adadelta, Adam, AdamW, Adamax, NAdam
     if hasattr(torch.optim, _model.__name__):  # Muon came with torch 2.9
         register(getattr(torch.optim, _model.__name__), _model())
 
-register_by_name("pytorch_optimizer.Lion", Lion())
+# By name, so that none of these packages needs to be there.
+for _name, _adapter in {
+    "schedulefree.AdamWScheduleFree": AdamWScheduleFree(),
+    "schedulefree.SGDScheduleFree": SGDScheduleFree(),
+    "prodigyopt.Prodigy": Prodigy(),
+    "pytorch_optimizer.SOAP": SOAP(),
+    "pytorch_optimizer.Shampoo": Shampoo(),
+    "pytorch_optimizer.Lion": Lion(),
+}.items():
+    register_by_name(_name, _adapter)
 
 refuse(
     torch.optim.Rprop,

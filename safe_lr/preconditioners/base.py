@@ -40,6 +40,9 @@ class Preconditioner(ABC):
     second_moments: ClassVar[tuple[str, ...]] = ()
     """Names of state tensors that are sums of squares, or maxima of magnitudes: never negative."""
 
+    on_optimizer: ClassVar[tuple[str, ...]] = ("maximize",)
+    """Options that some optimizers keep as attributes of their own; where a group lacks them, it is given them."""
+
     @abstractmethod
     def diagonal(self, group: Group, state: State, g: Tensor) -> Tensor:
         """Returns P of the coming step: positive, broadcastable to g's shape. g enters the second moment."""
