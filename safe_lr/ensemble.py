@@ -82,7 +82,7 @@ class Ensemble:
         return not any(any(optimizer.state.values()) for optimizer in self.members)
 
     def gradient_norm(self) -> float | None:
-        """Returns the norm of all gradients, unscaled; None where there are none. One synchronisation for each member."""
+        """Returns the norm of all gradients, unscaled; None where there are none. One synchronisation a member."""
         norms = []
         for optimizer in self.members:
             grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

@@ -283,7 +283,7 @@ def test_bad_arguments_are_named() -> None:
         safe_lr.measure(optimizer)
     for name, choices in (
         ("bound", "'lemma1', 'coherence', 'momentum'"),
-        ("curvature", "'hessian'"),
+        ("curvature", "'hessian', 'gauss-newton', 'fisher', 'empirical-fisher'"),
         ("hvp", "'auto', 'exact'"),
     ):
         with pytest.raises(ValueError, match=f"{name} must be one of {choices}, got 'x'"):

@@ -34,6 +34,7 @@ ORDER = (
     "sharpness",
     "eigenproblem",
     "ensemble",
+    "objective",
     "operators",
     "closures",
     "preconditioners",
