@@ -31,6 +31,8 @@ class State:
     following: bool = False  # whether c still moves
     due_at: int = 0
     gap: int = 0  # updates between routine measurements; 0 before the first
+    hvp: str | None = None  # how the last good measurement made its products
+    checked: bool = False  # whether the closure was seen to be deterministic, or not to be
     stalled: bool = False  # whether the last trial step failed
     retry: int = 0  # updates until a failed measurement is tried again; 0 after a good one
     trial_at: int = 0
@@ -68,6 +70,10 @@ class State:
             return "hold", f"{found.failure}; {held}"
         limit = "limit" if found.curvature != "trial" else "largest lr that lowers the batch's loss (no limit exists)"
         allowed = f"{self.margin:.3g} x {limit} {found.lr_limit:.3g}"
+        if found.hvp == "finite-difference":
+            allowed += " (products by finite differences)"
+        if found.note is not None:
+            allowed += f" ({found.note})"
         if found.inferred:
             allowed += " (P inferred from the optimizer's own update)"
         if (found.gradient_ratio or 0.0) > SUMMED:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import random
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -125,48 +126,58 @@ class Untouched:
     ) -> None:
         self._params, self._values, self._rng, self._remember = params, values, rng, remember
 
-    def loss(self, closure: Closure) -> Tensor:
-        """Returns the closure's loss, with its graph, from the random state at entry.
+    def call(self, closure: Callable[[], Any]) -> Any:
+        """Returns what the closure returns, evaluated from the random state at entry.
 
         Raises:
-            ClosureError: It called `backward()`, or returned something other than one real number with a graph.
+            ClosureError: It called `backward()`.
         """
         self._rng.restore()
         for module in modules_in(closure):
             self._remember(module)
-        loss = closure()
+        returned = closure()
         if any(p.grad is not None for p in self._params):
             raise ClosureError(
                 "the closure called backward(); it must only return the loss, with its graph: "
                 "lambda: criterion(model(x), y)"
             )
-        if not isinstance(loss, Tensor):
-            got = type(loss).__name__
-            hint = {"NoneType": "did it forget to return?", "float": "drop .item()", "int": "drop .item()"}
-            mend = hint.get(got, "return the loss alone")
-            raise ClosureError(f"the closure must return the loss as a tensor, got {got}; {mend}")
-        if loss.numel() != 1 or not loss.is_floating_point():
-            raise ClosureError(
-                f"the closure must return one real number, got shape {tuple(loss.shape)}, {loss.dtype}; reduce it: "
-                "loss.mean()"
-            )
-        if not loss.requires_grad:
-            raise ClosureError(
-                "the closure returned a detached loss (it has no graph); compute it from the parameters, outside "
-                "no_grad() and without .detach()"
-            )
-        return loss.reshape(())
+        return returned
 
-    def loss_after(self, closure: Closure, steps: Sequence[Tensor | None]) -> float:
-        """Returns the closure's loss with `steps` added to the parameters; the parameters are put back."""
+    @contextlib.contextmanager
+    def moved(self, steps: Sequence[Tensor | None]) -> Iterator[None]:
+        """Adds `steps` to the parameters meanwhile."""
         try:
             for parameter, step in zip(self._params, steps, strict=True):
                 if step is not None:
                     parameter.data.add_(step)
-            return float(self.loss(closure).detach())
+            yield
         finally:
             for parameter, value in zip(self._params, self._values, strict=True):
                 _write_back(parameter, value)
+
+
+def as_loss(returned: Any) -> Tensor:
+    """Returns a closure's loss as a scalar with its graph.
+
+    Raises:
+        ClosureError: It is something other than one real number with a graph.
+    """
+    if not isinstance(returned, Tensor):
+        got = type(returned).__name__
+        hint = {"NoneType": "did it forget to return?", "float": "drop .item()", "int": "drop .item()"}
+        mend = hint.get(got, "return the loss alone")
+        raise ClosureError(f"the closure must return the loss as a tensor, got {got}; {mend}")
+    if returned.numel() != 1 or not returned.is_floating_point():
+        raise ClosureError(
+            f"the closure must return one real number, got shape {tuple(returned.shape)}, {returned.dtype}; reduce it: "
+            "loss.mean()"
+        )
+    if not returned.requires_grad:
+        raise ClosureError(
+            "the closure returned a detached loss (it has no graph); compute it from the parameters, outside "
+            "no_grad() and without .detach()"
+        )
+    return returned.reshape(())
 
 
 def modules_in(closure: Callable[..., object]) -> list[nn.Module]:
@@ -217,8 +228,8 @@ def leave_no_trace(params: Sequence[Tensor]) -> Iterator[Untouched]:
         try: yield
         finally: restore(before)
 
-    Gradients are recorded inside, whatever the mode outside; scaled-dot-product attention runs on its math kernel, the
-    only one that can be differentiated twice.
+    Gradients are recorded inside, whatever the mode outside; scaled-dot-product attention runs on its math kernel and
+    compiled modules run eagerly, since neither can be differentiated twice else.
 
     Out of reach: generator objects and iterators that the closure itself advances (a data loader's, say): draw the
     batch outside and let the closure use it.
@@ -232,7 +243,7 @@ def leave_no_trace(params: Sequence[Tensor]) -> Iterator[Untouched]:
     Example:
         >>> layer = nn.BatchNorm1d(2)
         >>> with leave_no_trace(list(layer.parameters())) as untouched:
-        ...     loss = untouched.loss(lambda: layer(torch.randn(8, 2)).square().mean())
+        ...     loss = untouched.call(lambda: layer(torch.randn(8, 2)).square().mean())
         >>> int(layer.num_batches_tracked)
         0
     """
@@ -253,7 +264,10 @@ def leave_no_trace(params: Sequence[Tensor]) -> Iterator[Untouched]:
             back.callback(_write_back, parameter, value)
         handle = register_module_forward_pre_hook(remember)
         back.callback(handle.remove)
+        back.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message=".*when there are global hooks on modules.*")  # our own pre-hook
         back.enter_context(torch.inference_mode(False))
         back.enter_context(torch.enable_grad())
         back.enter_context(sdpa_kernel(SDPBackend.MATH))
+        back.enter_context(torch.compiler.set_stance("force_eager"))
         yield Untouched(params, values, rng, remember)

@@ -33,6 +33,7 @@ class MeasurementFailed(ArithmeticError):
     def __init__(self, reason: str, num_matvecs: int = 0) -> None:
         super().__init__(reason)
         self.num_matvecs = num_matvecs
+        self.cost = 1.0 + 2.0 * num_matvecs  # gradient evaluations
 
 
 def shares(lrs: Sequence[float], initial_lrs: Sequence[float]) -> tuple[float, list[float]]:

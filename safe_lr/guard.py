@@ -36,6 +36,7 @@ from safe_lr.measurement import (
     try_step,
 )
 from safe_lr.neighbours import Neighbours
+from safe_lr.objective import Closures, as_list
 from safe_lr.policies import Policy
 from safe_lr.preconditioners import Preconditioner, decays
 from safe_lr.rates import Rates
@@ -88,7 +89,7 @@ class CoherenceGuard:
         growth: float = 1.02,
         curvature: str = "hessian",
         hvp: str = "auto",
-        probe: Closure | None = None,
+        probe: Closures | None = None,
         tol: float = 0.1,
         warm_start: bool = True,
         max_matvecs: int = 30,
@@ -110,8 +111,7 @@ class CoherenceGuard:
                 raise TypeError(f"{name} must be an integer of 64 bits, got {number!r}")
         if lambda_every < 1:
             raise ValueError(f"lambda_every must be at least 1 (measurements), got {lambda_every!r}")
-        if probe is not None and not callable(probe):
-            raise TypeError(f"probe must be a closure that returns the loss, got {type(probe).__name__}")
+        self._probe = None if probe is None else as_list(probe, "probe")
         if not any(p.requires_grad for group in self.ensemble.param_groups for p in group["params"]):
             raise ValueError("no parameter of the optimizer requires grad: nothing can be measured or capped")
         self.optimizer = self.ensemble.members[0]
@@ -123,8 +123,8 @@ class CoherenceGuard:
         self.last_measurement: Measurement | None = None
         self._warm_start, self._lambda_every, self._on_failure, self._seed = warm_start, lambda_every, on_failure, seed
         self.restore = restore
-        self._probe, self._preconditioner = probe, preconditioner
-        self._observed: Closure | None = None
+        self._preconditioner = preconditioner
+        self._observed: list[Closure] | None = None
         self._vectors: dict[str, Tensor] = {}
         self._warned: set[str] = set()
         self._closed = False
@@ -148,20 +148,17 @@ class CoherenceGuard:
 
     # ---- what the user calls
 
-    def observe(self, closure: Closure) -> None:
+    def observe(self, closure: Closures) -> None:
         """Stores a closure for the coming update: returns the loss of the current batch, with its graph, no
         `backward()`.
 
-        It is evaluated only when a measurement is due, and dropped when the update is over.
+        Under gradient accumulation it may be a list, a closure for each micro-batch: their mean is measured, at the
+        memory of one. It is evaluated only when a measurement is due, and dropped when the update is over.
 
         Raises:
-            TypeError: The closure is not callable.
+            TypeError: A closure is not callable, or the list is empty.
         """
-        if not callable(closure):
-            raise TypeError(
-                f"observe() takes a closure, got {type(closure).__name__}: observe(lambda: criterion(model(x), y))"
-            )
-        self._observed = closure
+        self._observed = as_list(closure, "observe()")
 
     @property
     def due(self) -> bool:
@@ -173,7 +170,7 @@ class CoherenceGuard:
         """The newest decision, None before the first."""
         return self.history[-1] if self.history else None
 
-    def measure(self, closure: Closure | None = None) -> Measurement:
+    def measure(self, closure: Closures | None = None) -> Measurement:
         """Measures now, with all three limits, and changes nothing; not counted against `max_overhead`.
 
         Args:
@@ -317,12 +314,12 @@ class CoherenceGuard:
 
     # ---- measuring and deciding
 
-    def _try(self, closure: Closure) -> None:
+    def _try(self, closures: list[Closure]) -> None:
         """Between measurements, while the cap binds: lets a trial step alone move the learned margin."""
         state, limit, lr_ref = self._state, self._state.figures["lr_limit"], self.rates.lr_ref
         try:
             lr = self._controller.planned(limit, lr_ref) / self.policy.trial_slack
-            found = try_step(self._movers(self.rates.present_shares()), closure, lr)
+            found = try_step(self._movers(self.rates.present_shares()), closures, lr, self.settings.curvature)
         except Exception as error:  # noqa: BLE001 (raised again or recorded)
             found = self._excused(error)
         state.count(found)
@@ -338,10 +335,12 @@ class CoherenceGuard:
     def _movers(self, shares: Sequence[float]) -> list[Mover]:
         return movers(self.ensemble, shares, self._counted)
 
-    def _measured(self, closure: Closure, alarm: bool) -> Measurement:
+    def _measured(self, closures: list[Closure], alarm: bool) -> Measurement:
         """Measures the coming step; whatever goes wrong becomes the measurement's `failure`."""
         state, control = self._state, self._controller
-        room = (control.affordable(alarm=alarm) - COST_OF_GRAPH - COST_OF_LOSS) / COST_OF_PRODUCT
+        budget = control.affordable(alarm=alarm)
+        check = not state.checked and budget >= self.settings.least_cost + COST_OF_LOSS
+        room = (budget - COST_OF_GRAPH - COST_OF_LOSS * (1 + check)) / COST_OF_PRODUCT / len(closures)
         shares = self.rates.present_shares()
         try:
             moving = self._movers(shares)
@@ -349,16 +348,17 @@ class CoherenceGuard:
                 for mover in moving:
                     mover.grad = None  # P is that of a step taken on the probe
             if "trial" in self.ensemble.kinds:
-                found = search_step(moving, closure, self.rates.lr_ref / self.policy.trial_slack)
+                found = search_step(moving, closures, self.rates.lr_ref / self.policy.trial_slack)
             else:
                 found = measure_step(
                     moving,
-                    self._watched(closure),
-                    replace(self.settings, max_matvecs=int(min(room, self.settings.max_matvecs))),
+                    self._watched(closures),
+                    self._settings(room),
                     seed=self._seed + state.measurements,
                     also=("lemma1",) if (state.measurements + 1) % self._lambda_every == 0 else (),
                     warm=self._vectors if self._warm_start else None,
                     try_lr=lambda found: control.lr_to_try(found.lr_limit, self.rates.lr_ref),
+                    check=check,
                 )
             if "inferred" in self.ensemble.kinds:
                 found = replace(found, inferred=True)
@@ -368,6 +368,7 @@ class CoherenceGuard:
             found = self._excused(error)
         if found.failure is None:
             self.rates.shares = shares
+            state.hvp, state.checked = found.hvp, state.checked or check
         state.measurements += 1
         state.count(found)
         self.last_measurement = replace(found, vectors={})
@@ -379,19 +380,29 @@ class CoherenceGuard:
             )
         return found
 
-    def _watched(self, closure: Closure) -> Closure:
-        """The closure, seen by the neighbours, if there are any."""
+    def _settings(self, room: float) -> Settings:
+        """The settings, with what the budget allows, and with the way of making products that worked last time."""
+        hvp = self.settings.hvp
+        if hvp == "auto" and self._state.hvp == "finite-difference":
+            hvp = self._state.hvp  # the other ways were tried, and cost a graph each
+        return replace(self.settings, hvp=hvp, max_matvecs=max(1, int(min(room, self.settings.max_matvecs))))
+
+    def _watched(self, closures: list[Closure]) -> list[Closure]:
+        """The closures, seen by the neighbours, if there are any."""
         if _neighbours.alone(self):
-            return closure
+            return closures
 
-        @functools.wraps(closure)
-        def watched() -> Tensor:
-            loss = closure()
-            if isinstance(loss, Tensor):
-                _neighbours.saw(self, loss)
-            return loss
+        def watch(closure: Closure) -> Closure:
+            @functools.wraps(closure)
+            def watched() -> Tensor:
+                loss = closure()
+                if isinstance(loss, Tensor):
+                    _neighbours.saw(self, loss)
+                return loss
 
-        return watched
+            return watched
+
+        return [watch(closure) for closure in closures]
 
     def _excused(self, error: Exception) -> Measurement:
         """Turns an error into a failed measurement, unless the user wants it raised or it asks training to stop."""

@@ -7,23 +7,28 @@ import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from safe_lr.closures import Closure, ClosureError, leave_no_trace
+from safe_lr.closures import ClosureError, leave_no_trace
 from safe_lr.eigenproblem import BOUNDS, MIN_MATVECS, Eigenproblem, MeasurementFailed, Mover, ascends, movers, shares
 from safe_lr.ensemble import Ensemble
-from safe_lr.operators import Curvature, exact_hessian
+from safe_lr.objective import Closures, Objective, as_list
+from safe_lr.operators import CURVATURES
 from safe_lr.preconditioners import Preconditioner
 
-CURVATURES = ("hessian",)
-HVPS = ("auto", "exact")
+HVPS = ("auto", "exact", "lean", "finite-difference")
 
 # In gradient evaluations, medians of four networks from an MLP to a 5 M transformer (docs/performance.md).
 COST_OF_GRAPH = 1.0
 COST_OF_PRODUCT = 2.0
 COST_OF_LOSS = 1 / 3
+
+NOT_DETERMINISTIC = (
+    "the closure gave two losses for one random state: it draws from a stream of its own, or changes what it reads"
+)
 
 SEARCHES = 24
 """Trial steps of one search for the largest lr that lowers the loss: down to a ten-millionth of where it began."""
@@ -36,8 +41,9 @@ class Settings:
     Attributes:
         bound: `lemma1` (2 p_min / lambda_max, Eq. 20-21), `coherence` (2 / gamma, Eq. 17) or `momentum` (c / gamma,
             Sec. 3.9).
-        curvature: `hessian`.
-        hvp: `auto` or `exact` (double backward on one retained graph).
+        curvature: `hessian`, `gauss-newton`, `fisher` (labels sampled from the model) or `empirical-fisher`.
+        hvp: `exact` (double backward on one retained graph), `lean` (the graph built anew for each product),
+            `finite-difference`, or `auto`: exact, lean where memory runs out, differences where nothing else works.
         tol: Relative residual at which the eigen-solver stops.
         max_matvecs: Largest number of products for one measurement.
         cautious: Whether the limits come from `value + residual` (the scheduler) or from the value itself.
@@ -106,6 +112,7 @@ class Measurement:
         gradient_ratio: The training gradient along the closure's own, in units of it: about 1 where both are of one
             batch, k where k backward passes were added up. None without a training gradient.
         inferred: Whether P was inferred from an unknown optimizer's own update.
+        note: What else should be known, in a sentence.
         vectors: The eigenvectors found, for a warm start.
     """
 
@@ -132,6 +139,7 @@ class Measurement:
     maximize: bool = False
     gradient_ratio: float | None = None
     inferred: bool = False
+    note: str | None = None
     vectors: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -150,7 +158,7 @@ class Measurement:
 
 def measure(
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
-    closure: Closure | None = None,
+    closure: Closures | None = None,
     *,
     bound: str = "momentum",
     curvature: str = "hessian",
@@ -171,10 +179,12 @@ def measure(
 
     Args:
         optimizer: A torch optimizer, or several that act on one loss; state, hyper-parameters and groups are read.
-        closure: Returns the scalar loss with its graph; no `backward()`. It is evaluated once.
+        closure: Returns the scalar loss with its graph; no `backward()`. Or several, whose mean is measured at the
+            memory of one.
         bound: Which of `limits` becomes `lr_limit`: `momentum`, `coherence` or `lemma1`.
-        curvature: `hessian`.
-        hvp: `auto` or `exact`.
+        curvature: `hessian`; `empirical-fisher` (the closure returns per-example losses), `gauss-newton` or `fisher`
+            (it returns the pair (outputs, loss_of_outputs)).
+        hvp: `auto`, `exact`, `lean` or `finite-difference`.
         tol: Relative residual of the eigenvalues.
         max_matvecs: Largest number of products, over all eigenvalues.
         preconditioner: None for what is registered, "from-update" to infer P from an unknown optimizer's own update, or
@@ -204,11 +214,11 @@ def measure(
             f"{ensemble.name} has no stability limit to measure: it steps by signs. A CoherenceScheduler or "
             "CoherenceGuard holds its lr by trial steps alone."
         )
-    if not callable(closure):
+    if closure is None:
         raise TypeError(
-            "measure() needs a closure that returns the loss, measure(optimizer, lambda: criterion(model(x), y)); got "
-            f"{type(closure).__name__}"
+            "measure() needs a closure that returns the loss: measure(optimizer, lambda: criterion(model(x), y))"
         )
+    as_list(closure, "measure()")
     settings = Settings(bound, curvature, hvp, tol, max_matvecs)
     lrs = [float(group["lr"]) for group in ensemble.param_groups]
     initial = [float(group.get("initial_lr", group["lr"])) for group in ensemble.param_groups]
@@ -222,60 +232,115 @@ def measure(
 
 def measure_step(
     moving: Sequence[Mover],
-    closure: Closure,
+    closures: Closures,
     settings: Settings,
     *,
     seed: int = 0,
     also: Collection[str] = (),
     warm: dict[str, Tensor] | None = None,
     try_lr: Callable[[Measurement], float | None] | None = None,
+    check: bool = False,
 ) -> Measurement:
     """Measures the coming step of the given movers; the engine behind `measure` and the scheduler.
 
     Args:
         moving: The parameters that may move. A mover's `grad` (the training gradient) forms P where it is set, the
             closure's own gradient where it is None.
-        closure: Returns the loss.
+        closures: One or several, whose mean is measured.
         settings: What and how.
         seed: Seed of the start vectors.
         also: Bounds to solve for beside the chosen one (those that come free are always there).
         warm: Eigenvectors of an earlier measurement, by name.
+        check: Whether to evaluate the loss twice and note where the two differ.
         try_lr: Given the finished measurement, the lr (in units of lr_ref) to try on the batch, or None for no trial.
     """
     started = time.perf_counter()
     found = Measurement(bound=settings.bound, curvature=settings.curvature)
     with leave_no_trace([m.param for m in moving]) as untouched:
-        loss = untouched.loss(closure)
-        found = replace(found, loss=float(loss.detach()), cost=COST_OF_GRAPH)
+        objective = Objective(closures, untouched, settings.curvature, seed)
         try:
-            _check_finite(found.loss)
+            if not moving:
+                raise MeasurementFailed("no parameter that requires grad is in a group with lr > 0: nothing moves")
             found = replace(found, maximize=ascends(moving))
-            problem = Eigenproblem(
-                moving,
-                _hessian(loss, moving),
-                tol=settings.tol,
-                max_matvecs=settings.max_matvecs,
-                cautious=settings.cautious,
-                seed=seed,
-                warm=warm or {},
-            )
-            del loss
-            found = replace(found, **problem.solve(settings.bound, also), num_matvecs=problem.num_matvecs)
-            found = replace(found, cost=COST_OF_GRAPH + COST_OF_PRODUCT * problem.num_matvecs)
-            lr = try_lr(found) if try_lr is not None else None
-            if lr is not None:
-                found = replace(found, cost=found.cost + COST_OF_LOSS)
-                with contextlib.suppress(RuntimeError, MemoryError):  # out of memory: the limit stands without a trial
-                    trial_loss = untouched.loss_after(closure, problem.coming_steps(lr))
-                    found = replace(found, trial_lr=lr, trial_loss=trial_loss)
+            found, problem = _solved_somehow(found, objective, moving, settings, seed=seed, also=also, warm=warm or {})
+            with contextlib.suppress(RuntimeError, MemoryError):  # out of memory: the limit stands by itself
+                if check:
+                    found = replace(found, cost=found.cost + COST_OF_LOSS * len(objective.closures))
+                    if not objective.deterministic(found.loss or math.nan):
+                        found = replace(found, note=NOT_DETERMINISTIC)
+                lr = try_lr(found) if try_lr is not None else None
+                if lr is not None:
+                    found = replace(found, cost=found.cost + COST_OF_LOSS * len(objective.closures))
+                    found = replace(found, trial_lr=lr, trial_loss=objective.loss_after(problem.coming_steps(lr)))
+        except MeasurementFailed as failed:
+            found = replace(found, failure=str(failed), num_matvecs=failed.num_matvecs, cost=found.cost + failed.cost)
         except ArithmeticError as failed:
-            spent = getattr(failed, "num_matvecs", 0)
-            found = replace(found, failure=str(failed), num_matvecs=spent)
-            found = replace(found, cost=COST_OF_GRAPH + COST_OF_PRODUCT * spent)
+            found = replace(found, failure=str(failed), cost=found.cost + COST_OF_GRAPH)
     return replace(found, seconds=time.perf_counter() - started)
 
 
-def search_step(moving: Sequence[Mover], closure: Closure, start: float) -> Measurement:
+def _solved_somehow(
+    found: Measurement, objective: Objective, moving: Sequence[Mover], settings: Settings, **options: Any
+) -> tuple[Measurement, Eigenproblem]:
+    """Solves with the first way of making products that works: exact, lean where memory runs out, else differences."""
+    way = settings.hvp if settings.hvp != "auto" else ("exact" if len(objective.closures) == 1 else "lean")
+    first: Exception | None = None
+    while True:
+        try:
+            return _solved(found, objective, moving, settings, way, **options)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, ClosureError) or settings.hvp != "auto" or way == "finite-difference":
+                raise first or error from None
+            first = first or error
+            short = isinstance(error, MemoryError) or "memory" in str(error)
+            found = replace(found, cost=found.cost + COST_OF_GRAPH)
+            if way == "lean" and short:
+                raise
+            way = "lean" if short else "finite-difference"
+        except ArithmeticError as error:
+            if first is None or isinstance(error, MeasurementFailed):
+                raise
+            raise MeasurementFailed(f"{error}; a second derivative failed too ({_first_line(first)})") from first
+
+
+def _solved(
+    found: Measurement,
+    objective: Objective,
+    moving: Sequence[Mover],
+    settings: Settings,
+    hvp: str,
+    *,
+    seed: int,
+    also: Collection[str],
+    warm: dict[str, Tensor],
+) -> tuple[Measurement, Eigenproblem]:
+    curvature = objective.curvature([m.param for m in moving], hvp)
+    _check_finite(curvature.loss)
+    problem = Eigenproblem(
+        moving,
+        curvature,
+        tol=settings.tol,
+        max_matvecs=settings.max_matvecs,
+        cautious=settings.cautious,
+        seed=seed,
+        warm=warm,
+    )
+    per_product, before = curvature.cost_of_product, found.cost + curvature.cost
+    found = replace(found, loss=curvature.loss, hvp=curvature.hvp)
+    del curvature
+    try:
+        found = replace(found, **problem.solve(settings.bound, also), num_matvecs=problem.num_matvecs)
+    except MeasurementFailed as failed:
+        failed.cost = before - found.cost + per_product * failed.num_matvecs
+        raise
+    return replace(found, cost=before + per_product * problem.num_matvecs), problem
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200]
+
+
+def search_step(moving: Sequence[Mover], closures: Closures, start: float) -> Measurement:
     """Finds by halving the largest lr at which the coming step does not make the batch's loss worse.
 
     This stands in for the limit where an optimizer has none. Forward passes only, at most SEARCHES.
@@ -293,13 +358,14 @@ def search_step(moving: Sequence[Mover], closure: Closure, start: float) -> Meas
     try:
         found = replace(found, maximize=ascends(moving))
         with leave_no_trace([m.param for m in moving]) as untouched:
-            loss = float(untouched.loss(closure).detach())
+            objective = Objective(closures, untouched)
+            loss = objective.loss()
             _check_finite(loss)
             found = replace(found, loss=loss)
             for halvings in range(SEARCHES):
                 lr = start / 2**halvings
                 steps = [None if m.grad is None else m.coming_step(m.grad, lr) for m in moving]
-                tried = replace(found, trial_loss=untouched.loss_after(closure, steps))
+                tried = replace(found, trial_loss=objective.loss_after(steps))
                 found = replace(found, cost=found.cost + COST_OF_LOSS)
                 if tried.trial_failed is False:
                     found = replace(found, lr_limit=lr)
@@ -311,7 +377,7 @@ def search_step(moving: Sequence[Mover], closure: Closure, start: float) -> Meas
     return replace(found, seconds=time.perf_counter() - started)
 
 
-def try_step(moving: Sequence[Mover], closure: Closure, lr: float) -> Measurement:
+def try_step(moving: Sequence[Mover], closures: Closures, lr: float, curvature: str = "hessian") -> Measurement:
     """Tries the coming step at lr on the closure's batch, without any curvature: two forward passes.
 
     Args:
@@ -323,14 +389,15 @@ def try_step(moving: Sequence[Mover], closure: Closure, lr: float) -> Measuremen
         A `Measurement` that holds `loss`, `trial_lr`, `trial_loss` and `maximize`, or a `failure`.
     """
     started = time.perf_counter()
-    found = Measurement(cost=2 * COST_OF_LOSS)
+    found = Measurement(cost=2 * COST_OF_LOSS * len(as_list(closures)))
     try:
         found = replace(found, maximize=ascends(moving))
         with leave_no_trace([m.param for m in moving]) as untouched:
             steps = [None if m.grad is None else m.coming_step(m.grad, lr) for m in moving]
-            loss = float(untouched.loss(closure).detach())
+            objective = Objective(closures, untouched, curvature)
+            loss = objective.loss()
             _check_finite(loss)
-            found = replace(found, loss=loss, trial_lr=lr, trial_loss=untouched.loss_after(closure, steps))
+            found = replace(found, loss=loss, trial_lr=lr, trial_loss=objective.loss_after(steps))
     except MeasurementFailed as failed:
         found = replace(found, failure=str(failed))
     return replace(found, seconds=time.perf_counter() - started)
@@ -339,17 +406,3 @@ def try_step(moving: Sequence[Mover], closure: Closure, lr: float) -> Measuremen
 def _check_finite(loss: float | None) -> None:
     if loss is None or not math.isfinite(loss):
         raise MeasurementFailed(f"the loss is {loss}")
-
-
-def _hessian(loss: Tensor, moving: Sequence[Mover]) -> Curvature:
-    if not moving:
-        raise MeasurementFailed("no parameter that requires grad is in a group with lr > 0: nothing moves")
-    try:
-        return exact_hessian(loss, [m.param for m in moving])
-    except RuntimeError as error:
-        if "second time" not in str(error):
-            raise
-        raise ClosureError(
-            "the closure returned a loss whose graph backward() has freed; let it compute the loss again: "
-            "lambda: criterion(model(x), y)"
-        ) from error

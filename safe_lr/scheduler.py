@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, LRScheduler, ReduceLROnPlateau, SequentialLR
 
-from safe_lr.closures import Closure
 from safe_lr.decisions import Decision, Summary
 from safe_lr.guard import CoherenceGuard
 from safe_lr.loggers import Logger
 from safe_lr.measurement import Measurement
+from safe_lr.objective import Closures
 from safe_lr.preconditioners import Preconditioner
 
 Schedule = Callable[[Optimizer], LRScheduler] | LRScheduler | None
@@ -54,9 +54,12 @@ class CoherenceScheduler(LRScheduler):
         trial_slack: A trial step is the coming step lengthened by `1 / trial_slack` (4 times as long by default).
         growth: Largest factor by which the cap (never the schedule) rises in one update. In the first 10 updates the
             cap follows the limit freely, since bias correction makes it rise tenfold.
-        curvature: `hessian`.
-        hvp: `exact` (double backward on one retained graph), which `auto` means too.
-        probe: A fixed closure to measure on, instead of the observed batches.
+        curvature: `hessian`; `empirical-fisher` (closures return per-example losses, shape (B,)), `gauss-newton` or
+            `fisher` (they return the pair (outputs, loss_of_outputs)).
+        hvp: How Hessian products are made: `exact` (double backward on one retained graph), `lean` (the graph built
+            anew for each), `finite-difference`, or `auto`: exact, lean where memory runs out, differences where nothing
+            else works.
+        probe: A fixed closure, or several, to measure on instead of the observed batches: warm starts then pay.
         tol: Relative residual at which the eigen-solver stops. Limits use `value + residual`.
         warm_start: Start from the last eigenvector, which then is part of `state_dict`.
         max_matvecs: Largest number of Hessian-vector products for one measurement.
@@ -109,7 +112,7 @@ class CoherenceScheduler(LRScheduler):
         growth: float = 1.02,
         curvature: str = "hessian",
         hvp: str = "auto",
-        probe: Closure | None = None,
+        probe: Closures | None = None,
         tol: float = 0.1,
         warm_start: bool = True,
         max_matvecs: int = 30,
@@ -160,14 +163,15 @@ class CoherenceScheduler(LRScheduler):
 
     # ---- measuring
 
-    def observe(self, closure: Closure) -> None:
+    def observe(self, closure: Closures) -> None:
         """Stores a closure for the coming update: returns the current batch's loss, with its graph, no `backward()`.
 
-        Evaluated only when a measurement is due; dropped when the update is over.
+        A list, one closure for each micro-batch of an accumulated gradient, is measured as its mean, at the memory of
+        one. Evaluated only when a measurement is due; dropped when the update is over.
         """
         self._guard.observe(closure)
 
-    def measure(self, closure: Closure | None = None) -> Measurement:
+    def measure(self, closure: Closures | None = None) -> Measurement:
         """Measures now, with all three limits, and changes nothing; see `safe_lr.measure`."""
         return self._guard.measure(closure)
 

@@ -148,9 +148,10 @@ def test_a_one_element_loss_of_any_shape_will_do() -> None:
 def test_every_evaluation_sees_the_same_random_state() -> None:
     w = nn.Parameter(torch.ones(1000))
     with leave_no_trace([w]) as untouched:
-        first = untouched.loss(lambda: F.dropout(w).sum()).item()
-        second = untouched.loss(lambda: F.dropout(w).sum()).item()
-        moved = untouched.loss_after(lambda: F.dropout(w).sum(), [torch.ones(1000)])
+        first = untouched.call(lambda: F.dropout(w).sum()).item()
+        second = untouched.call(lambda: F.dropout(w).sum()).item()
+        with untouched.moved([torch.ones(1000)]):
+            moved = untouched.call(lambda: F.dropout(w).sum()).item()
     assert first == second
     assert moved == pytest.approx(2 * first)
     assert torch.equal(w.detach(), torch.ones(1000))

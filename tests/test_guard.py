@@ -374,9 +374,9 @@ def test_a_logger_that_raises_is_switched_off(broken: str) -> None:
 
 def test_observe_and_probe_take_closures() -> None:
     bowl = Bowl()
-    with pytest.raises(TypeError, match=r"observe\(\) takes a closure, got Tensor: observe\(lambda: "):
+    with pytest.raises(TypeError, match=r"observe\(\) takes a closure .*lambda: .*got Tensor"):
         bowl.guard.observe(bowl.loss())
-    with pytest.raises(TypeError, match="probe must be a closure that returns the loss, got int"):
+    with pytest.raises(TypeError, match="probe takes a closure that returns the loss.*got int"):
         Bowl(probe=3)
 
 

@@ -283,8 +283,8 @@ def test_bad_arguments_are_named() -> None:
         safe_lr.measure(optimizer)
     for name, choices in (
         ("bound", "'lemma1', 'coherence', 'momentum'"),
-        ("curvature", "'hessian'"),
-        ("hvp", "'auto', 'exact'"),
+        ("curvature", "'hessian', 'gauss-newton', 'fisher', 'empirical-fisher'"),
+        ("hvp", "'auto', 'exact', 'lean', 'finite-difference'"),
     ):
         with pytest.raises(ValueError, match=f"{name} must be one of {choices}, got 'x'"):
             safe_lr.measure(optimizer, lambda: w.sum(), **{name: "x"})

@@ -77,7 +77,9 @@ def test_a_rehearsal_is_the_real_step_and_touches_nothing(known: Any, options: d
     optimizer.register_step_pre_hook(lambda *_: calls.append(1))
     before = copy.deepcopy((optimizer.state_dict(), model.state_dict()))
     inferred, group = FromUpdate(optimizer), optimizer.param_groups[0]
-    steps = [inferred.coming_step(group, optimizer.state.get(p, {}), p, p.grad, group["lr"]) for p in model.parameters()]
+    steps = [
+        inferred.coming_step(group, optimizer.state.get(p, {}), p, p.grad, group["lr"]) for p in model.parameters()
+    ]
     after = (optimizer.state_dict(), model.state_dict())
     torch.testing.assert_close(after, before, rtol=0, atol=0)
     assert not calls

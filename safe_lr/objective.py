@@ -1,0 +1,187 @@
+"""What the user's closures stand for: a loss to try steps on, and a curvature to measure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safe_lr.closures import Closure, ClosureError, Untouched, as_loss
+from safe_lr.operators import (
+    Curvature,
+    NoSecondDerivative,
+    exact_hessian,
+    finite_difference_hessian,
+    fisher,
+    gauss_newton,
+    lean_hessian,
+    sampled_losses,
+)
+
+Closures = Closure | Sequence[Closure]
+
+
+def as_list(closures: Closures, taker: str = "safe_lr") -> list[Closure]:
+    """Returns one closure or several as a list.
+
+    Args:
+        closures: What the user handed over.
+        taker: Who takes it, for the error.
+
+    Raises:
+        TypeError: Something in it cannot be called, or it is empty.
+    """
+    several: list[Any] = list(closures) if isinstance(closures, (list, tuple)) else [closures]
+    for closure in several:
+        if not callable(closure):
+            raise TypeError(
+                f"{taker} takes a closure that returns the loss, lambda: criterion(model(x), y), or a list of them; "
+                f"got {type(closure).__name__}"
+            )
+    if not several:
+        raise TypeError(f"{taker} got an empty list: at least one closure is needed")
+    return several
+
+
+class Objective:
+    """The mean loss of some closures, evaluated without a trace.
+
+    Several closures (the micro-batches of one step) share the memory of one: every product builds each one's graph anew
+    and drops it.
+
+    Args:
+        closures: Each returns what `kind` needs: the scalar loss ("hessian"), per-example losses of shape (B,)
+            ("empirical-fisher"), or the pair (outputs, loss_of_outputs) ("gauss-newton", "fisher").
+        untouched: Evaluates them.
+        kind: The curvature.
+        seed: Of the labels that "fisher" samples.
+    """
+
+    def __init__(self, closures: Closures, untouched: Untouched, kind: str = "hessian", seed: int = 0) -> None:
+        self.closures, self.untouched, self.kind, self.seed = as_list(closures), untouched, kind, seed
+
+    def loss(self) -> float:
+        """Returns the mean loss, without keeping a graph."""
+        return sum(float(self._loss(closure).detach()) for closure in self.closures) / len(self.closures)
+
+    def loss_after(self, steps: Sequence[Tensor | None]) -> float:
+        """Returns the mean loss with `steps` added to the parameters, which are put back."""
+        with self.untouched.moved(steps):
+            return self.loss()
+
+    def deterministic(self, loss: float) -> bool:
+        """Whether a second evaluation under the same random state gives the same loss, but for rounding."""
+        again = self.loss()
+        return abs(again - loss) <= 1e-5 * max(abs(loss), abs(again), 1e-30)
+
+    def curvature(self, params: Sequence[Tensor], hvp: str) -> Curvature:
+        """Returns the curvature, its products made as `hvp` says.
+
+        Args:
+            params: Leaf tensors.
+            hvp: `exact` (a retained graph), `lean` (rebuilt) or `finite-difference`; all but the Hessian are exact or
+                lean.
+
+        Raises:
+            NoSecondDerivative: The graph cannot be differentiated twice.
+            ClosureError: A closure broke its contract.
+        """
+        if hvp == "finite-difference":
+            if self.kind != "hessian":
+                raise NoSecondDerivative(f"curvature={self.kind!r} has no finite-difference products")
+            return _mean([finite_difference_hessian(self._again(c), params) for c in self.closures])
+        if len(self.closures) == 1 and hvp == "exact":
+            return self._exact(self.closures[0], params, 0)
+        return _mean([self._lean(c, params, k) for k, c in enumerate(self.closures)])
+
+    def _exact(self, closure: Closure, params: Sequence[Tensor], index: int) -> Curvature:
+        returned = self.untouched.call(closure)
+        try:
+            if self.kind == "hessian":
+                return exact_hessian(as_loss(returned), params)
+            if self.kind == "empirical-fisher":
+                losses = _per_example(returned)
+                return fisher(losses, params, losses.mean())
+            outputs, loss = _outputs_and_loss(returned)
+            if self.kind == "gauss-newton":
+                return gauss_newton(outputs, loss, params)
+            return fisher(sampled_losses(outputs, self.seed + index), params, loss)
+        except RuntimeError as error:
+            if "second time" not in str(error):
+                raise
+            raise ClosureError(
+                "the closure returned a loss whose graph backward() has freed; let it compute the loss again: "
+                "lambda: criterion(model(x), y)"
+            ) from error
+
+    def _lean(self, closure: Closure, params: Sequence[Tensor], index: int) -> Curvature:
+        if self.kind == "hessian":
+            return lean_hessian(self._again(closure), params)
+        first = self._exact(closure, params, index)
+        value, gradient, used = first.loss, first.gradient, first.used
+        del first
+
+        def product(vectors: Sequence[Tensor]) -> list[Tensor]:
+            return self._exact(closure, params, index).product(vectors)
+
+        return Curvature(value, gradient, used, product, cost_of_product=3.0, hvp="lean")
+
+    def _again(self, closure: Closure) -> Callable[[], Tensor]:
+        return lambda: as_loss(self.untouched.call(closure))
+
+    def _loss(self, closure: Closure) -> Tensor:
+        returned = self.untouched.call(closure)
+        if self.kind == "hessian":
+            return as_loss(returned)
+        return _per_example(returned).mean() if self.kind == "empirical-fisher" else _outputs_and_loss(returned)[1]
+
+
+def _per_example(returned: Any) -> Tensor:
+    if not (isinstance(returned, Tensor) and returned.ndim >= 1 and returned.is_floating_point()):
+        got = f"shape {tuple(returned.shape)}" if isinstance(returned, Tensor) else type(returned).__name__
+        raise ClosureError(
+            'for curvature="empirical-fisher" the closure must return the per-example losses, shape (B,): '
+            f'criterion(model(x), y, reduction="none"); got {got}'
+        )
+    as_loss(returned.sum())
+    return returned.reshape(-1)
+
+
+def _outputs_and_loss(returned: Any) -> tuple[Tensor, Tensor]:
+    if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[0], Tensor)):
+        raise ClosureError(
+            'for curvature="gauss-newton" and "fisher" the closure must return the pair (outputs, loss_of_outputs): '
+            f"lambda: (model(x), lambda f: criterion(f, y)); got {type(returned).__name__}"
+        )
+    outputs, loss_of = returned
+    if not callable(loss_of):
+        raise ClosureError(f"loss_of_outputs must be callable, outputs -> loss; got {type(loss_of).__name__}")
+    return outputs, as_loss(loss_of(outputs))
+
+
+def _mean(parts: Sequence[Curvature]) -> Curvature:
+    """The mean of some curvatures."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def product(vectors: Sequence[Tensor]) -> list[Tensor]:
+        total: list[Tensor] | None = None
+        for part in parts:
+            found = part.product(vectors)
+            total = found if total is None else [a.add_(b) for a, b in zip(total, found, strict=True)]
+        assert total is not None
+        return [t.div_(len(parts)) for t in total]
+
+    gradients = [torch.stack(g).mean(0) for g in zip(*(part.gradient for part in parts), strict=True)]
+    used = [any(u) for u in zip(*(part.used for part in parts), strict=True)]
+    return Curvature(
+        sum(part.loss for part in parts) / len(parts),
+        gradients,
+        used,
+        product,
+        cost_of_product=sum(part.cost_of_product for part in parts),
+        cost=sum(part.cost for part in parts),
+        hvp=parts[0].hvp,
+    )

@@ -1,0 +1,352 @@
+"""Every curvature and every way of making products, against dense matrices; what only some ways can do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import safe_lr
+from safe_lr import CoherenceGuard
+from safe_lr.operators import (
+    Curvature,
+    exact_hessian,
+    finite_difference_hessian,
+    fisher,
+    gauss_newton,
+    lean_hessian,
+    sampled_losses,
+)
+
+
+def network(activation: nn.Module | None = None) -> tuple[nn.Module, list[nn.Parameter], Tensor, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), activation or nn.Tanh(), nn.Linear(4, 3)).double()
+    return model, list(model.parameters()), torch.randn(7, 3, dtype=torch.float64), torch.randint(0, 3, (7,))
+
+
+def dense(curvature: Curvature, params: list[nn.Parameter]) -> Tensor:
+    """The matrix, from its products with all unit vectors."""
+    sizes = [p.numel() for p in params]
+    columns = []
+    for unit in torch.eye(sum(sizes), dtype=params[0].dtype):
+        parts = [v.view_as(p) for v, p in zip(unit.split(sizes), params, strict=True)]
+        columns.append(torch.cat([h.reshape(-1) for h in curvature.product(parts)]))
+    return torch.stack(columns, 1)
+
+
+def jacobian(outputs: Tensor, params: list[nn.Parameter]) -> Tensor:
+    rows = [torch.autograd.grad(f, params, retain_graph=True) for f in outputs.reshape(-1)]
+    return torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows])
+
+
+def dense_hessian(loss: Tensor, params: list[nn.Parameter]) -> Tensor:
+    grads = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, params, create_graph=True)])
+    return jacobian(grads, params)
+
+
+def test_hessians_by_every_way() -> None:
+    model, params, x, y = network()
+
+    def loss() -> Tensor:
+        return F.cross_entropy(model(x), y)
+
+    truth = dense_hessian(loss(), params)
+    for curvature in (exact_hessian(loss(), params), lean_hessian(loss, params)):
+        torch.testing.assert_close(dense(curvature, params), truth, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(dense(finite_difference_hessian(loss, params), params), truth, rtol=1e-4, atol=1e-6)
+    gradients = [c.gradient for c in (lean_hessian(loss, params), finite_difference_hessian(loss, params))]
+    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(gradients[0], list(torch.autograd.grad(loss(), params)))
+
+
+def test_gauss_newton_is_j_transposed_bend_j() -> None:
+    model, params, x, y = network()
+    outputs = model(x)
+    p = outputs.detach().softmax(-1)
+    bend = torch.block_diag(*(torch.diag(row) - torch.outer(row, row) for row in p)) / len(x)
+    j = jacobian(outputs, params)
+    found = dense(gauss_newton(outputs, F.cross_entropy(outputs, y), params), params)
+    torch.testing.assert_close(found, j.T @ bend @ j)
+
+
+def test_empirical_fisher_is_the_second_moment_of_gradients() -> None:
+    model, params, x, y = network()
+    losses = F.cross_entropy(model(x), y, reduction="none")
+    g = jacobian(losses, params)
+    found = fisher(losses, params, losses.mean())
+    torch.testing.assert_close(dense(found, params), g.T @ g / len(x))
+    torch.testing.assert_close(torch.cat([t.reshape(-1) for t in found.gradient]), g.mean(0))
+
+
+def test_the_sampled_fisher_tends_to_gauss_newton() -> None:
+    """With cross-entropy the true Fisher is the Gauss-Newton matrix; the mean over 3,000 draws comes within 4 %."""
+    model, params, x, y = network()
+    outputs = model(x)
+    truth = dense(gauss_newton(outputs, F.cross_entropy(outputs, y), params), params)
+    j = jacobian(outputs, params).reshape(len(x), 3, -1)
+    p, total, draws = outputs.detach().softmax(-1), torch.zeros_like(truth), 3000
+    for seed in range(draws):
+        drawn = sampled_losses(outputs.detach(), seed)
+        labels = (F.cross_entropy(outputs.detach()[:, None].expand(-1, 3, -1).reshape(-1, 3), torch.arange(3).repeat(len(x)), reduction="none").reshape(-1, 3) - drawn[:, None]).abs().argmin(1)  # fmt: skip # noqa: E501
+        g = torch.einsum("bk,bkn->bn", p - F.one_hot(labels, 3), j)
+        total += g.T @ g / len(x) / draws
+    assert float((total - truth).norm() / truth.norm()) < 0.04
+    one = dense(fisher(sampled_losses(outputs, 5), params, F.cross_entropy(outputs, y)), params)
+    g = jacobian(sampled_losses(outputs, 5), params)
+    torch.testing.assert_close(one, g.T @ g / len(x))
+
+
+CLOSURES: dict[str, Callable[..., Any]] = {
+    "hessian": lambda model, x, y: lambda: F.cross_entropy(model(x), y),
+    "gauss-newton": lambda model, x, y: lambda: (model(x), lambda f: F.cross_entropy(f, y)),
+    "fisher": lambda model, x, y: lambda: (model(x), lambda f: F.cross_entropy(f, y)),
+    "empirical-fisher": lambda model, x, y: lambda: F.cross_entropy(model(x), y, reduction="none"),
+}
+
+
+@pytest.mark.parametrize("hvp", ["exact", "lean"])
+@pytest.mark.parametrize("kind", CLOSURES)
+def test_measurements_of_every_curvature_plain_and_preconditioned(kind: str, hvp: str) -> None:
+    model, params, x, y = network()
+    optimizer = torch.optim.Adam(params, lr=1e-3)
+    for _ in range(300):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    found = safe_lr.measure(optimizer, CLOSURES[kind](model, x, y), curvature=kind, hvp=hvp, tol=1e-8, seed=3)
+    outputs = model(x)
+    matrices = {
+        "hessian": lambda: exact_hessian(F.cross_entropy(outputs, y), params),
+        "gauss-newton": lambda: gauss_newton(outputs, F.cross_entropy(outputs, y), params),
+        "fisher": lambda: fisher(sampled_losses(outputs, 3), params, F.cross_entropy(outputs, y)),
+        "empirical-fisher": lambda: fisher(F.cross_entropy(outputs, y, reduction="none"), params, outputs.sum()),
+    }
+    h = dense(matrices[kind](), params)
+    grads = torch.autograd.grad(F.cross_entropy(model(x), y), params)
+    v = torch.cat([(0.999 * optimizer.state[p]["exp_avg_sq"] + 0.001 * g**2).reshape(-1) for p, g in zip(params, grads, strict=True)])  # fmt: skip # noqa: E501
+    scale = ((v / (1 - 0.999**301)).sqrt() + 1e-8).rsqrt()
+    assert found.lambda_max == pytest.approx(float(torch.linalg.eigvalsh(h).max()), rel=1e-6)
+    assert found.gamma == pytest.approx(float(torch.linalg.eigvalsh(scale[:, None] * h * scale).max()), rel=1e-6)
+    assert (found.curvature, found.hvp, found.failure) == (kind, hvp, None)
+    assert found.loss == pytest.approx(float(F.cross_entropy(model(x), y).detach()))
+
+
+@pytest.mark.parametrize("kind", CLOSURES)
+def test_a_run_under_every_curvature_is_protected(kind: str) -> None:
+    model, params, x, y = network()
+    guard = CoherenceGuard(torch.optim.Adam(params, lr=1.0), curvature=kind, loggers=None)
+    first = float(F.cross_entropy(model(x), y).detach())
+    for _ in range(25):
+        guard.optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        guard.observe(CLOSURES[kind](model, x, y))
+        guard.optimizer.step()
+    assert float(F.cross_entropy(model(x), y).detach()) < 0.9 * first
+    assert guard.summary().failures == 0 and guard.summary().capped_steps > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "closure", "sentence"),
+    [
+        ("empirical-fisher", lambda m, x, y: F.cross_entropy(m(x), y), r"per-example losses, shape \(B,\).*shape \(\)"),
+        ("gauss-newton", lambda m, x, y: F.cross_entropy(m(x), y), r"the pair \(outputs, loss_of_outputs\).*Tensor"),
+        ("fisher", lambda m, x, y: (m(x), F.cross_entropy(m(x), y)), "loss_of_outputs must be callable.*Tensor"),
+    ],
+)
+def test_closures_that_do_not_suit_the_curvature_are_named(kind: str, closure: Any, sentence: str) -> None:
+    model, params, x, y = network()
+    with pytest.raises(TypeError, match=sentence):
+        safe_lr.measure(torch.optim.SGD(params, lr=0.1), lambda: closure(model, x, y), curvature=kind)
+
+
+# ---- several micro-batches
+
+
+@pytest.mark.parametrize("kind", CLOSURES)
+def test_the_mean_of_micro_batches_is_the_whole_batch(kind: str) -> None:
+    model, params, x, y = network()
+    x, y = torch.cat([x, x[:1]]), torch.cat([y, y[:1]])
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    parts = [CLOSURES[kind](model, x[k : k + 2], y[k : k + 2]) for k in range(0, 8, 2)]
+    found = safe_lr.measure(optimizer, parts, curvature=kind, tol=1e-9)
+    if kind != "fisher":  # its labels are drawn for each micro-batch
+        whole = safe_lr.measure(optimizer, CLOSURES[kind](model, x, y), curvature=kind, tol=1e-9)
+        assert found.lambda_max == pytest.approx(whole.lambda_max, rel=1e-7)
+        assert found.loss == pytest.approx(whole.loss)
+    assert found.hvp == "lean" and found.failure is None
+
+
+def test_accumulated_gradients_are_measured_as_their_mean() -> None:
+    model, params, x, y = network()
+    guard = CoherenceGuard(torch.optim.SGD(params, lr=1e3), margin=0.5, loggers=None)
+    for _ in range(20):
+        guard.optimizer.zero_grad()
+        parts = [CLOSURES["hessian"](model, x[k : k + 3], y[k : k + 3]) for k in (0, 3)]
+        for part in parts:
+            (part() / 2).backward()
+        guard.observe(parts)
+        guard.optimizer.step()
+    assert guard.summary().failures == 0 and "times the closure's" not in guard.last_decision.reason
+
+
+# ---- ways that work where others do not
+
+
+class NoDoubleBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grad * (1 - x.tanh() ** 2)
+
+
+class Once(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = NoDoubleBackward.apply(x)
+        return made
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, inner: nn.Module, reentrant: bool) -> None:
+        super().__init__()
+        self.inner, self.reentrant = inner, reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = checkpoint(self.inner, x.requires_grad_(), use_reentrant=self.reentrant)
+        return made
+
+
+WAYS: dict[str, tuple[Callable[[nn.Module], nn.Module], str]] = {
+    "plain": (lambda model: model, "exact"),
+    "compiled": (lambda model: torch.compile(model, backend="aot_eager"), "exact"),
+    "checkpointed": (lambda model: Checkpointed(model, reentrant=False), "exact"),
+    "checkpointed reentrant": (lambda model: Checkpointed(model, reentrant=True), "finite-difference"),
+    "custom function": (lambda model: nn.Sequential(model[0], Once(), model[2]), "finite-difference"),
+}
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_auto_finds_a_way_and_the_limit_is_the_same(name: str) -> None:
+    model, params, x, y = network()
+    wrap, hvp = WAYS[name]
+    wrapped = wrap(model)
+    truth = float(torch.linalg.eigvalsh(dense_hessian(F.cross_entropy(model(x), y), params)).max())
+    found = safe_lr.measure(torch.optim.SGD(params, lr=0.1), lambda: F.cross_entropy(wrapped(x), y))
+    assert (found.failure, found.hvp) == (None, hvp)
+    assert found.lambda_max == pytest.approx(truth, rel=2e-3)
+    assert all(p.grad is None for p in params)
+
+
+def test_the_way_is_remembered_and_said() -> None:
+    model, params, x, y = network()
+    once = nn.Sequential(model[0], Once(), model[2])
+    guard = CoherenceGuard(torch.optim.SGD(params, lr=1e3), loggers=None)
+    for _ in range(20):
+        guard.optimizer.zero_grad()
+        F.cross_entropy(once(x), y).backward()
+        guard.observe(lambda: F.cross_entropy(once(x), y))
+        guard.optimizer.step()
+    told = [d for d in guard.history if d.action in ("cap", "keep", "raise")]
+    assert len(told) > 1 and all("by finite differences" in d.reason for d in told)
+    assert told[1].cost < told[0].cost + 1 and guard.summary().failures == 0
+
+
+def test_differences_over_kinks_fail_instead_of_returning_a_number() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+    x, y = torch.randn(64, 3), torch.randint(0, 3, (64,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    found = safe_lr.measure(optimizer, lambda: F.cross_entropy(model(x), y), hvp="finite-difference")
+    assert found.failure is not None and "kinks (ReLU)" in found.failure and not found.limits
+    assert safe_lr.measure(optimizer, lambda: F.cross_entropy(model(x), y)).failure is None
+
+
+def test_differences_put_the_parameters_back_to_the_bit() -> None:
+    model, params, x, y = network()
+    before = [p.detach().clone() for p in params]
+    finite_difference_hessian(lambda: F.cross_entropy(model(x), y), params).product(
+        [torch.ones_like(p) for p in params]
+    )
+    assert all(map(torch.equal, params, before)) and all(p.grad is None for p in params)
+
+
+@pytest.mark.parametrize("failures", [1, 99])
+def test_out_of_memory_goes_on_lean_and_then_holds(failures: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, params, x, y = network()
+    left = iter(range(failures))
+
+    def scarce(loss: Tensor, parameters: Any) -> Curvature:
+        if next(left, None) is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return exact_hessian(loss, parameters)
+
+    monkeypatch.setattr("safe_lr.objective.exact_hessian", scarce)
+    monkeypatch.setattr("safe_lr.operators.exact_hessian", scarce)
+    guard = CoherenceGuard(torch.optim.SGD(params, lr=1e3), loggers=None)
+    F.cross_entropy(model(x), y).backward()
+    guard.observe(lambda: F.cross_entropy(model(x), y))
+    if failures == 1:
+        guard.optimizer.step()
+        assert guard.last_measurement is not None and guard.last_measurement.hvp == "lean"
+        assert guard.summary().capped_steps == 1
+    else:
+        with pytest.warns(RuntimeWarning, match="out of memory"):
+            guard.optimizer.step()
+        assert guard.last_decision is not None and guard.last_decision.action == "hold"
+
+
+def test_a_closure_with_a_stream_of_its_own_is_named_and_measured() -> None:
+    model, params, x, y = network()
+    generator = torch.Generator().manual_seed(0)
+
+    def loss() -> Tensor:
+        return F.cross_entropy(model(x + torch.randn(x.shape, generator=generator, dtype=x.dtype)), y)
+
+    guard = CoherenceGuard(torch.optim.SGD(params, lr=1e3), loggers=None)
+    loss().backward()
+    guard.observe(loss)
+    guard.optimizer.step()
+    assert guard.last_measurement is not None and guard.last_measurement.failure is None
+    assert "two losses for one random state" in guard.last_decision.reason
+    guard.observe(lambda: F.cross_entropy(model(x), y))
+
+
+@pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU])
+def test_recurrent_networks_are_measured_exactly(cell: Any) -> None:
+    torch.manual_seed(0)
+    rnn, head = cell(3, 4, batch_first=True).double(), nn.Linear(4, 2).double()
+    params = [*rnn.parameters(), *head.parameters()]
+    x, y = torch.randn(5, 6, 3, dtype=torch.float64), torch.randint(0, 2, (5,))
+
+    def loss() -> Tensor:
+        return F.cross_entropy(head(rnn(x)[0][:, -1]), y)
+
+    truth = float(torch.linalg.eigvalsh(dense_hessian(loss(), params)).max())
+    assert safe_lr.measure(torch.optim.SGD(params, lr=0.1), loss).lambda_max == pytest.approx(truth, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_measured_close_to_full_precision(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))
+    x, y = torch.randn(64, 8), torch.randint(0, 4, (64,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    def mixed() -> Tensor:
+        with torch.autocast("cpu", dtype=dtype):
+            return F.cross_entropy(model(x), y)
+
+    full = safe_lr.measure(optimizer, lambda: F.cross_entropy(model(x), y))
+    assert safe_lr.measure(optimizer, mixed).lr_limit == pytest.approx(full.lr_limit, rel=0.03)
