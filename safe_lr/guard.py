@@ -19,13 +19,14 @@ from safe_lr.accounts import State
 from safe_lr.closures import Closure
 from safe_lr.controller import Controller
 from safe_lr.decisions import Action, Decision, Summary
-from safe_lr.eigenproblem import MeasurementFailed, Mover, movers
+from safe_lr.eigenproblem import MIN_MATVECS, MeasurementFailed, Mover, movers
 from safe_lr.ensemble import Ensemble
 from safe_lr.hooks import around_updates, warn_user
 from safe_lr.loggers import Logger, is_stop_request, resolve
 from safe_lr.loggers.broadcast import Broadcast
 from safe_lr.measurement import (
     COST_OF_GRAPH,
+    COST_OF_LEAN_PRODUCT,
     COST_OF_LOSS,
     COST_OF_PRODUCT,
     Measurement,
@@ -40,6 +41,11 @@ from safe_lr.objective import Closures, as_list
 from safe_lr.policies import Policy
 from safe_lr.preconditioners import Preconditioner, decays
 from safe_lr.rates import Rates
+
+NO_CLOSURE = (
+    "safe_lr was given no closure for this update: call observe(lambda: criterion(model(x), y)) on the scheduler or "
+    "guard between backward() and optimizer.step(). Training goes on; no new limit can be measured."
+)
 
 HISTORY = 10_000
 """Decisions kept in memory."""
@@ -262,16 +268,12 @@ class CoherenceGuard:
         state.trend = usual.after(size)
         if self._controller.due(alarm=alarm):
             closure = self._probe or self._observed
-            if closure is not None:
+            if closure is not None and self._products(closure, alarm) >= self.settings.least_matvecs:
                 jump = f"the gradient norm is {size:.3g}, usual is {math.exp(usual.mean):.3g}" if alarm else None
                 self._decide(self._measured(closure, alarm), jump)
                 return
-            self._warn_once(
-                "observe",
-                "safe_lr was given no closure for this update: call observe(lambda: criterion(model(x), y)) on the "
-                "scheduler or guard between backward() and optimizer.step(). Training goes on; no new limit can be "
-                "measured.",
-            )
+            if closure is None:
+                self._warn_once("observe", NO_CLOSURE)
         if state.cap is not None:
             if state.following and self.settings.bound == "momentum":
                 self._controller.follow(self.ensemble.flips(self._counted))
@@ -338,9 +340,8 @@ class CoherenceGuard:
     def _measured(self, closures: list[Closure], alarm: bool) -> Measurement:
         """Measures the coming step; whatever goes wrong becomes the measurement's `failure`."""
         state, control = self._state, self._controller
-        budget = control.affordable(alarm=alarm)
-        check = not state.checked and budget >= self.settings.least_cost + COST_OF_LOSS
-        room = (budget - COST_OF_GRAPH - COST_OF_LOSS * (1 + check)) / COST_OF_PRODUCT / len(closures)
+        check = not state.checked and control.affordable(alarm=alarm) >= self.settings.least_cost + COST_OF_LOSS
+        products = self._products(closures, alarm, also=COST_OF_LOSS * check)
         shares = self.rates.present_shares()
         try:
             moving = self._movers(shares)
@@ -353,7 +354,7 @@ class CoherenceGuard:
                 found = measure_step(
                     moving,
                     self._watched(closures),
-                    self._settings(room),
+                    self._settings_now(products),
                     seed=self._seed + state.measurements,
                     also=("lemma1",) if (state.measurements + 1) % self._lambda_every == 0 else (),
                     warm=self._vectors if self._warm_start else None,
@@ -380,12 +381,18 @@ class CoherenceGuard:
             )
         return found
 
-    def _settings(self, room: float) -> Settings:
+    def _products(self, closures: list[Closure], alarm: bool, also: float = 0.0) -> int:
+        """How many products the budget has room for, beside the gradient, a trial step and `also`."""
+        lean = len(closures) > 1 or "lean" in (self.settings.hvp, self._state.hvp)
+        room = self._controller.affordable(alarm=alarm) - COST_OF_GRAPH - COST_OF_LOSS - also
+        return int(min(room / (COST_OF_LEAN_PRODUCT if lean else COST_OF_PRODUCT), self.settings.max_matvecs))
+
+    def _settings_now(self, products: int) -> Settings:
         """The settings, with what the budget allows, and with the way of making products that worked last time."""
         hvp = self.settings.hvp
         if hvp == "auto" and self._state.hvp == "finite-difference":
             hvp = self._state.hvp  # the other ways were tried, and cost a graph each
-        return replace(self.settings, hvp=hvp, max_matvecs=max(1, int(min(room, self.settings.max_matvecs))))
+        return replace(self.settings, hvp=hvp, max_matvecs=max(MIN_MATVECS, products))
 
     def _watched(self, closures: list[Closure]) -> list[Closure]:
         """The closures, seen by the neighbours, if there are any."""

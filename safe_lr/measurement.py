@@ -24,6 +24,7 @@ HVPS = ("auto", "exact", "lean", "finite-difference")
 # In gradient evaluations, medians of four networks from an MLP to a 5 M transformer (docs/performance.md).
 COST_OF_GRAPH = 1.0
 COST_OF_PRODUCT = 2.0
+COST_OF_LEAN_PRODUCT = 3.0
 COST_OF_LOSS = 1 / 3
 
 NOT_DETERMINISTIC = (
@@ -69,10 +70,10 @@ class Settings:
             raise ValueError(f"tol must lie in (0, 1), got {self.tol!r}")
         if not isinstance(self.max_matvecs, int):
             raise TypeError(f"max_matvecs must be an integer, got {self.max_matvecs!r}")
-        if self.max_matvecs < MIN_MATVECS:
+        if self.max_matvecs < self.least_matvecs:
             raise ValueError(
-                f"max_matvecs must be at least {MIN_MATVECS}, for fewer products tell no eigenvalue; got "
-                f"{self.max_matvecs!r}"
+                f"max_matvecs must be at least {self.least_matvecs} under bound={self.bound!r}, for fewer products tell "
+                f"no eigenvalue; got {self.max_matvecs!r}"
             )
 
     @property
@@ -81,7 +82,12 @@ class Settings:
 
         Lemma 1 needs lambda_max beside gamma.
         """
-        return COST_OF_GRAPH + COST_OF_PRODUCT * MIN_MATVECS * (1 + (self.bound == "lemma1")) + COST_OF_LOSS
+        return COST_OF_GRAPH + COST_OF_PRODUCT * self.least_matvecs + COST_OF_LOSS
+
+    @property
+    def least_matvecs(self) -> int:
+        """Fewest products that tell what the bound needs."""
+        return MIN_MATVECS * (1 + (self.bound == "lemma1"))
 
 
 @dataclass(frozen=True)
@@ -265,12 +271,12 @@ def measure_step(
             found, problem = _solved_somehow(found, objective, moving, settings, seed=seed, also=also, warm=warm or {})
             with contextlib.suppress(RuntimeError, MemoryError):  # out of memory: the limit stands by itself
                 if check:
-                    found = replace(found, cost=found.cost + COST_OF_LOSS * len(objective.closures))
+                    found = replace(found, cost=found.cost + COST_OF_LOSS)
                     if not objective.deterministic(found.loss or math.nan):
                         found = replace(found, note=NOT_DETERMINISTIC)
                 lr = try_lr(found) if try_lr is not None else None
                 if lr is not None:
-                    found = replace(found, cost=found.cost + COST_OF_LOSS * len(objective.closures))
+                    found = replace(found, cost=found.cost + COST_OF_LOSS)
                     found = replace(found, trial_lr=lr, trial_loss=objective.loss_after(problem.coming_steps(lr)))
         except MeasurementFailed as failed:
             found = replace(found, failure=str(failed), num_matvecs=failed.num_matvecs, cost=found.cost + failed.cost)
@@ -389,7 +395,7 @@ def try_step(moving: Sequence[Mover], closures: Closures, lr: float, curvature: 
         A `Measurement` that holds `loss`, `trial_lr`, `trial_loss` and `maximize`, or a `failure`.
     """
     started = time.perf_counter()
-    found = Measurement(cost=2 * COST_OF_LOSS * len(as_list(closures)))
+    found = Measurement(cost=2 * COST_OF_LOSS)
     try:
         found = replace(found, maximize=ascends(moving))
         with leave_no_trace([m.param for m in moving]) as untouched:

@@ -181,7 +181,7 @@ def _mean(parts: Sequence[Curvature]) -> Curvature:
         gradients,
         used,
         product,
-        cost_of_product=sum(part.cost_of_product for part in parts),
-        cost=sum(part.cost for part in parts),
+        cost_of_product=parts[0].cost_of_product,  # in gradients of the whole
+        cost=parts[0].cost,
         hvp=parts[0].hvp,
     )

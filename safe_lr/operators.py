@@ -180,6 +180,7 @@ def finite_difference_hessian(evaluate: Callable[[], Tensor], params: Sequence[T
         [g is not None for g in grads],
         product,
         cost_of_product=2.0,
+        cost=3.0,  # the gradient, and the first product once more
         hvp="finite-difference",
     )
 

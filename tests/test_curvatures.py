@@ -196,6 +196,21 @@ def test_accumulated_gradients_are_measured_as_their_mean() -> None:
     assert guard.summary().failures == 0 and "times the closure's" not in guard.last_decision.reason
 
 
+@pytest.mark.parametrize("options", [{"credit": 30}, {"credit": 0, "max_overhead": 0.3}, {"hvp": "lean", "credit": 20}])
+def test_the_budget_is_kept_with_dearer_products(options: dict[str, Any]) -> None:
+    model, params, x, y = network()
+    guard = CoherenceGuard(torch.optim.SGD(params, lr=1e2, momentum=0.9), loggers=None, **options)
+    for step in range(60):
+        guard.optimizer.zero_grad()
+        parts = [CLOSURES["hessian"](model, x[k : k + 3], y[k : k + 3]) for k in (0, 3)]
+        for part in parts:
+            (part() / 2).backward()
+        guard.observe(parts if "hvp" not in options else parts[0])
+        guard.optimizer.step()
+        assert guard.summary().cost <= guard.policy.credit + guard.policy.max_overhead * (step + 1) + 1e-9
+    assert guard.summary().measurements > 0
+
+
 # ---- ways that work where others do not
 
 
