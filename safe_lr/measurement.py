@@ -72,8 +72,8 @@ class Settings:
             raise TypeError(f"max_matvecs must be an integer, got {self.max_matvecs!r}")
         if self.max_matvecs < self.least_matvecs:
             raise ValueError(
-                f"max_matvecs must be at least {self.least_matvecs} under bound={self.bound!r}, for fewer products tell "
-                f"no eigenvalue; got {self.max_matvecs!r}"
+                f"max_matvecs must be at least {self.least_matvecs} under bound={self.bound!r}, for fewer products "
+                f"tell no eigenvalue; got {self.max_matvecs!r}"
             )
 
     @property
