@@ -27,7 +27,6 @@ ORDER = (
     "rates",
     "sweeps",
     "report",
-    "charts",
     "plots",
     "loggers",
     "measurement",
@@ -48,7 +47,7 @@ ORDER = (
 PURE = ("lanczos", "stability", "policies", "decisions")
 
 # What shows and tells; only the stateful modules and the command may know of it.
-OUTPUT = {"loggers", "report", "charts", "plots", "sweeps"}
+OUTPUT = {"loggers", "report", "plots", "sweeps"}
 MAY_TELL = {"__main__", "__init__", "integrations", "scheduler", "guard"} | OUTPUT
 
 _OPTIMIZERS = {name for name in dir(torch.optim) if isinstance(getattr(torch.optim, name), type)}
