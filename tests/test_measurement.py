@@ -59,7 +59,7 @@ def test_quadratic_with_known_h_and_p(case: Case, past: int) -> None:
     found = safe_lr.measure(optimizer, lambda: sign * 0.5 * x @ h @ x, tol=1e-10)
 
     model, group = preconditioner_of(optimizer), optimizer.param_groups[0]
-    l2, decoupled = model.decay(group)
+    l2, decoupled = model.decay(group, optimizer.state.get(x, {}))
     p = diagonal(optimizer, sign * h @ x.detach())
     full = h + l2 * torch.eye(9, dtype=torch.float64)
     lambda_max = np.linalg.eigvalsh(full.numpy())[-1]

@@ -159,7 +159,7 @@ class NAdam(Adam):
     def _weights(self, group: Group, state: State) -> tuple[float, float]:
         t, b1, psi = coming(state), float(group["betas"][0]), float(group["momentum_decay"])
         mu, mu_next = (b1 * (1 - 0.5 * 0.96 ** (s * psi)) for s in (t, t + 1))
-        product = float(state.get("mu_product", 1.0)) * mu
+        product = float(state.get("mu_product", torch.ones(())) * mu)  # a tensor, rounded as the optimizer rounds it
         return (1 - mu) / (1 - product), mu_next / (1 - product * mu_next)
 
     def direction(self, group: Group, state: State, g: Tensor, updates: int | None = None) -> Tensor:

@@ -28,6 +28,8 @@ class SGD(Preconditioner):
         mu, buffer = float(group["momentum"]), state.get("momentum_buffer")
         if mu == 0:
             return g
+        if buffer is not None and buffer.is_sparse:  # that of an embedding's sparse gradients
+            buffer = buffer.to_dense()
         average: Tensor = g if buffer is None else (mu * buffer).add_(g, alpha=1 - float(group["dampening"]))
         return g.add(average, alpha=mu) if group["nesterov"] else average
 
@@ -82,5 +84,6 @@ class ASGD(Preconditioner):
     def coming_step(
         self, group: Group, state: State, param: Tensor, grad: Tensor, lr: float, updates: int | None = None
     ) -> Tensor:
-        g, eta = self.descent_gradient(group, param, grad), float(state["eta"]) if state else lr
+        g = self.descent_gradient(group, param, grad)
+        eta = float(state["eta"] if state else torch.tensor(lr))  # in the precision that the optimizer keeps it in
         return -eta * g.add(param.detach(), alpha=float(group["lambd"]))

@@ -27,7 +27,8 @@ class Adafactor(Preconditioner):
 
     def _second_moment(self, group: Group, state: State, g: Tensor) -> Tensor:
         fresh, eps = coming(state) ** float(group["beta2_decay"]), group["eps"][0]
-        eps = torch.finfo(g.dtype).eps if eps is None else float(eps)
+        # The precision of the parameters themselves: g is float32 where they are bfloat16.
+        eps = torch.finfo(group["params"][0].dtype).eps if eps is None else float(eps)
         if g.ndim > 1:
             rows = _moved(state.get("row_var"), g.square().mean(-1, keepdim=True), fresh)
             columns = _moved(state.get("col_var"), g.square().mean(-2, keepdim=True), fresh)
