@@ -434,7 +434,7 @@ class CoherenceGuard:
         if found.failure is None:
             state.worst_utilisation = max(after / found.lr_limit, state.worst_utilisation or 0.0)
         if moved is not None:
-            self._record("margin", moved, replace(found, num_matvecs=0, cost=0.0, seconds=0.0), before, before)
+            self._record("margin", moved, replace(found, num_matvecs=0, cost=0.0, seconds=0.0), after, after)
         self._record(*state.explain(found, before, after, capped=self.rates.capped), found, before, after)
 
     def _record(self, action: Action, reason: str, found: Measurement, before: float, after: float) -> None:
