@@ -6,6 +6,8 @@ from safe_lr.loggers import JsonlLogger, Logger, WandbLogger
 from safe_lr.measurement import Measurement, measure
 from safe_lr.preconditioners import Preconditioner, register
 from safe_lr.scheduler import CoherenceScheduler
+from safe_lr.sharpness import sam_sharpness
+from safe_lr.spectrum import SpectralDensity, eigenpairs, spectral_density
 from safe_lr.stability import UpdateRule
 
 __version__ = "0.1.0.dev0"
@@ -18,9 +20,13 @@ __all__ = [
     "Logger",
     "Measurement",
     "Preconditioner",
+    "SpectralDensity",
     "Summary",
     "UpdateRule",
     "WandbLogger",
+    "eigenpairs",
     "measure",
     "register",
+    "sam_sharpness",
+    "spectral_density",
 ]

@@ -1,17 +1,22 @@
-"""Lanczos' method for the largest algebraic eigenvalue of a symmetric operator that is known only by its products."""
+"""Lanczos' method on a symmetric operator that is known only by its products: the top, several, or all in outline."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+import numpy.typing as npt
 import scipy.linalg
 import torch
 from torch import Tensor
 
 Matvec = Callable[[Tensor], Tensor]
+Array = npt.NDArray[np.float64]
+
+SLICE = 1 << 16
+"""Entries of each basis vector that a restart mixes at a time: what it holds beside the basis is a slice of it."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,13 @@ class EigenEstimate:
 
 
 def lanczos(
-    matvec: Matvec, v0: Tensor, *, tol: float = 1e-3, max_matvecs: int = 100, min_matvecs: int = 3
+    matvec: Matvec,
+    v0: Tensor,
+    *,
+    tol: float = 1e-3,
+    max_matvecs: int = 100,
+    min_matvecs: int = 3,
+    max_basis: int | None = None,
 ) -> EigenEstimate:
     """Estimates the largest algebraic (not largest in magnitude) eigenvalue of a symmetric operator.
 
@@ -63,13 +74,17 @@ def lanczos(
         tol: Relative residual at which to stop.
         max_matvecs: Largest number of products.
         min_matvecs: Smallest number of products: a fortunate start may look converged after one.
+        max_basis: Largest number of basis vectors, 2 at least. Where it is reached, the upper half of the Ritz vectors
+            stays and the rest goes (a thick restart). At most `max_basis + 2` vectors of shape (n,) then live at once,
+            beside v0, which is the caller's, and what the matvec itself needs; products grow in number as the basis
+            shrinks. None keeps all: one vector a product, and the fewest products.
 
     Returns:
         The estimate; `converged` False, and the residual as large as it is, where `max_matvecs` came first. The value
         is NaN where a product was not finite.
 
     Raises:
-        ValueError: v0 is not a vector, or is zero or not finite.
+        ValueError: v0 is not a vector, or is zero or not finite; `max_basis` is below 2.
 
     Example:
         >>> diagonal = torch.tensor([3.0, 1.0, -7.0], dtype=torch.float64)
@@ -78,41 +93,257 @@ def lanczos(
         (3.0, 3)
 
     References:
-        Lanczos 1950; Golub & Van Loan 2013, ch. 10; Paige 1971 for the residual bound.
+        Lanczos 1950; Golub & Van Loan 2013, ch. 10; Paige 1971 for the residual bound; Wu & Simon 2000 for the restart.
     """
-    norm = float(torch.linalg.vector_norm(v0)) if v0.ndim == 1 else math.nan
-    if not (math.isfinite(norm) and norm > 0):
-        raise ValueError(f"v0 must be a finite, non-zero vector, got shape {tuple(v0.shape)} and norm {norm:g}")
-    basis = [v0 / norm]
-    alphas: list[float] = []
-    betas: list[float] = []
+    basis = [_unit(v0)]
+    if max_basis is not None and not (isinstance(max_basis, int) and max_basis >= 2):
+        raise ValueError(f"max_basis must be an integer of at least 2, or None for no bound; got {max_basis!r}")
+    projected, num_matvecs, eps = _Projected(), 0, torch.finfo(v0.dtype).eps
     while True:
-        w = matvec(basis[-1]).clone()  # ours to change: a matvec may return its argument
-        alpha = torch.dot(w, basis[-1])
-        for _ in range(2):
-            for q in basis:
-                w.addcmul_(q, torch.dot(q, w), value=-1)
-        beta = torch.linalg.vector_norm(w)
-        a, b = torch.stack([alpha, beta]).double().tolist()
+        w, a, b = _expand(matvec, basis)
+        num_matvecs += 1
         if not (math.isfinite(a) and math.isfinite(b)):
-            return EigenEstimate(math.nan, math.inf, basis[0], False, len(basis))
-        alphas.append(a)
-        values, vectors = scipy.linalg.eigh_tridiagonal(np.array(alphas), np.array(betas))
+            return EigenEstimate(math.nan, math.inf, basis[0], False, num_matvecs)
+        projected.alphas.append(a)
+        values, vectors = projected.ritz()
         value, weights = float(values[-1]), vectors[:, -1]
         residual = b * abs(float(weights[-1]))
         scale = max(abs(float(values[0])), abs(value), torch.finfo(v0.dtype).tiny)
-        exhausted = b <= 10 * torch.finfo(v0.dtype).eps * scale or len(basis) == v0.numel()
+        exhausted = b <= 10 * eps * scale or len(basis) == v0.numel()
         if exhausted:
-            residual = min(residual, 10 * torch.finfo(v0.dtype).eps * scale)
-        converged = exhausted or (residual <= tol * abs(value) and len(basis) >= min_matvecs)
-        if converged or len(basis) >= max_matvecs:
+            residual = min(residual, 10 * eps * scale)
+        converged = exhausted or (residual <= tol * abs(value) and num_matvecs >= min_matvecs)
+        if converged or num_matvecs >= max_matvecs:
             break
-        betas.append(b)
-        basis.append(w / b)
-    vector = torch.zeros_like(v0)
+        if len(basis) == max_basis:
+            keep = max_basis // 2
+            _mix(basis, vectors[:, -keep:])
+            projected = _Projected(values[-keep:].tolist(), [], b * vectors[-1, -keep:])
+        else:
+            projected.betas.append(b)
+        basis.append(w.div_(b))
+    return EigenEstimate(value, residual, _combined(basis, weights), bool(converged), num_matvecs)
+
+
+def several(
+    matvec: Matvec, v0: Tensor, k: int, *, tol: float = 1e-3, max_matvecs: int = 500, seed: int = 0
+) -> list[EigenEstimate]:
+    """Estimates the k largest algebraic eigenvalues, each as often as it is repeated.
+
+    A Krylov space never holds more than one eigenvector of a repeated eigenvalue. So once k pairs have converged, the
+    same is run from a random vector orthogonal to them, until what it finds lies below the k-th, but for log(n)
+    products at least: then, very likely, nothing was missed. If it lies above, it takes its place among them and the
+    search goes on. (A block of k vectors finds repeated eigenvalues as well, but took up to twice the products on a
+    network's Hessian.)
+
+    Args:
+        matvec: v -> A v on vectors of shape (n,).
+        v0: Start vector, shape (n,), with a random part: see `start_vector`.
+        k: How many, n at most.
+        tol: Stops at residuals of `tol * max(|value|, tol * |A|)`: an eigenvalue of nearly zero is known to tol^2 of
+            the operator's norm.
+        max_matvecs: Largest number of products, 2 k at least; also of vectors kept.
+        seed: Of the random vectors that the later searches start from.
+
+    Returns:
+        k estimates, the largest eigenvalue first; `num_matvecs` of each counts all products. Values are NaN where a
+        product was not finite. Where `max_matvecs` came first, a repeated one may be missing.
+
+    Raises:
+        ValueError: k or `max_matvecs` is out of range; v0 is not a vector, or is zero or not finite.
+
+    Example:
+        >>> diagonal = torch.tensor([3.0, 3.0, -7.0, 1.0], dtype=torch.float64)     # 3 twice
+        >>> [round(pair.value, 9) for pair in several(lambda v: diagonal * v, torch.ones_like(diagonal), k=3)]
+        [3.0, 3.0, 1.0]
+
+    References:
+        Parlett 1998, "The symmetric eigenvalue problem", ch. 13.
+    """
+    if not 1 <= k <= v0.numel():
+        raise ValueError(f"k must lie between 1 and the number of dimensions, {v0.numel()}; got {k!r}")
+    if max_matvecs < 2 * k:
+        raise ValueError(f"max_matvecs must be at least 2 k = {2 * k}, got {max_matvecs!r}")
+    found: list[EigenEstimate] = []  # the largest first
+    spent, norm, start, searches = 0, 0.0, v0, 0
+    while True:
+        missing, locked = k - len(found), [pair.vector for pair in found]
+        bar = -math.inf if missing else found[-1].value
+        budget = max_matvecs - spent - (max(missing, 1) if found else 0)  # a later find takes a product to check
+        if budget < 1:
+            break
+        pairs, norm = _search(matvec, start, max(missing, 1), locked, bar, norm, tol, budget)
+        spent += pairs[0].num_matvecs
+        if not math.isfinite(pairs[0].value):
+            return [replace(pairs[0], num_matvecs=spent)] * k
+        if not missing and pairs[0].value <= bar + tol * max(abs(bar), tol * norm):
+            break
+        if found:
+            pairs = [_checked(matvec, pair, norm, tol) for pair in pairs]
+            spent += len(pairs)
+        found = sorted([*found, *pairs], key=lambda pair: -pair.value)[:k]
+        if k == 1 or len(found) == v0.numel():
+            break
+        searches += 1
+        start = start_vector(v0, seed + searches)
+    return [replace(pair, num_matvecs=spent) for pair in found]
+
+
+def _search(
+    matvec: Matvec,
+    start: Tensor,
+    wanted: int,
+    locked: Sequence[Tensor],
+    bar: float,
+    norm: float,
+    tol: float,
+    max_matvecs: int,
+) -> tuple[list[EigenEstimate], float]:
+    """The wanted largest eigenpairs of A on what is orthogonal to the locked vectors; fewer where that is exhausted.
+
+    Gives up where the largest lies below the bar. The norm is the largest magnitude of an eigenvalue met so far.
+    """
+    basis, projected, eps = [_unit(_without(locked, start.clone()))], _Projected(), torch.finfo(start.dtype).eps
+    sure = max(3, math.ceil(math.log(start.numel())))  # a random start hides what it misses by 1 / sqrt(n) at first
+    while True:
+        w, a, b = _expand(matvec, basis, locked)
+        if not (math.isfinite(a) and math.isfinite(b)):
+            return [EigenEstimate(math.nan, math.inf, basis[0], False, len(basis))], norm
+        projected.alphas.append(a)
+        values, vectors = projected.ritz()
+        values, vectors = values[::-1], vectors[:, ::-1]
+        norm = max(norm, float(np.abs(values).max()), torch.finfo(start.dtype).tiny)
+        residuals = b * np.abs(vectors[-1])
+        exhausted = b <= 10 * eps * norm or len(basis) + len(locked) == start.numel()
+        if exhausted:
+            residuals = np.minimum(residuals, 10 * eps * norm)
+        good = ((residuals <= tol * np.maximum(np.abs(values), tol * norm)) | exhausted)[:wanted]
+        below = values[0] + residuals[0] <= bar and len(basis) >= sure
+        done = len(good) == wanted and good.all() and len(basis) >= 3  # a fortunate start may look converged before
+        if exhausted or done or below or len(basis) >= max_matvecs:
+            break
+        projected.betas.append(b)
+        basis.append(w.div_(b))
+    pairs = [
+        EigenEstimate(float(values[i]), float(residuals[i]), _combined(basis, vectors[:, i]), bool(known), len(basis))
+        for i, known in enumerate(good)
+    ]
+    return pairs, norm
+
+
+def _checked(matvec: Matvec, pair: EigenEstimate, norm: float, tol: float) -> EigenEstimate:
+    """The pair with its residual under A itself: the search had left out the locked vectors' part."""
+    w = matvec(pair.vector)
+    value = float(torch.dot(pair.vector, w))
+    residual = float(torch.linalg.vector_norm(w - value * pair.vector))
+    floor = 10 * torch.finfo(w.dtype).eps * norm
+    return replace(
+        pair, value=value, residual=residual, converged=residual <= max(tol * max(abs(value), tol * norm), floor)
+    )
+
+
+def quadrature(matvec: Matvec, v0: Tensor, num_matvecs: int) -> tuple[Array, Array]:
+    """Returns nodes and weights with which `sum(weights * f(nodes))` is `v0' f(A) v0 / v0' v0`, for smooth f.
+
+    Exact for polynomials up to degree `2 num_matvecs - 1`. The nodes are the Ritz values of Lanczos' method, the
+    weights the squared first entries of the eigenvectors of T.
+
+    Args:
+        matvec: v -> A v on vectors of shape (n,).
+        v0: Start vector, shape (n,), finite and not zero.
+        num_matvecs: Products, and so nodes. Fewer where the Krylov space is exhausted before.
+
+    Returns:
+        Nodes, rising, and weights, which sum to one. Nodes are NaN where a product was not finite.
+
+    Raises:
+        ValueError: v0 is not a vector, or is zero or not finite.
+
+    Example:
+        >>> diagonal = torch.tensor([1.0, 2.0, 6.0], dtype=torch.float64)
+        >>> nodes, weights = quadrature(lambda v: diagonal * v, torch.ones(3, dtype=torch.float64), 2)
+        >>> [round(float(weights @ nodes**power), 9) for power in (0, 1, 2, 3)]     # moments: mean of 1^k, 2^k, 6^k
+        [1.0, 3.0, 13.666666667, 75.0]
+
+    References:
+        Golub & Meurant 1994, "Matrices, moments and quadrature"; Ubaru, Chen & Saad 2017.
+    """
+    basis, projected = [_unit(v0)], _Projected()
+    largest, eps = 0.0, torch.finfo(v0.dtype).eps
+    while True:
+        w, a, b = _expand(matvec, basis)
+        if not (math.isfinite(a) and math.isfinite(b)):
+            return np.array([math.nan]), np.array([1.0])
+        projected.alphas.append(a)
+        largest = max(largest, abs(a) + b)
+        if b <= 10 * eps * largest or len(basis) in (num_matvecs, v0.numel()):
+            break
+        projected.betas.append(b)
+        basis.append(w.div_(b))
+    nodes, vectors = projected.ritz()
+    return nodes, vectors[0] ** 2
+
+
+@dataclass
+class _Projected:
+    """A on the basis: tridiagonal, save that after a restart the kept Ritz vectors all meet the next one, an arrow."""
+
+    alphas: list[float] = field(default_factory=list)
+    betas: list[float] = field(default_factory=list)
+    arrow: Array = field(default_factory=lambda: np.zeros(0))
+
+    def ritz(self) -> tuple[Array, Array]:
+        """Eigenvalues, rising, and eigenvectors."""
+        kept = len(self.arrow)
+        if not kept:
+            values, vectors = scipy.linalg.eigh_tridiagonal(np.array(self.alphas), np.array(self.betas))
+            return values, vectors
+        matrix = np.diag(self.alphas)
+        matrix[kept, :kept] = self.arrow
+        for i, beta in enumerate(self.betas, start=kept):
+            matrix[i + 1, i] = beta
+        return np.linalg.eigh(matrix)  # it reads the lower half
+
+
+def _unit(v0: Tensor) -> Tensor:
+    norm = float(torch.linalg.vector_norm(v0)) if v0.ndim == 1 else math.nan
+    if not (math.isfinite(norm) and norm > 0):
+        raise ValueError(f"v0 must be a finite, non-zero vector, got shape {tuple(v0.shape)} and norm {norm:g}")
+    return v0 / norm
+
+
+def _expand(matvec: Matvec, basis: Sequence[Tensor], locked: Sequence[Tensor] = ()) -> tuple[Tensor, float, float]:
+    """A times the last basis vector, less its part in the basis; T's next alpha and beta. One synchronisation."""
+    w = matvec(basis[-1]).clone()  # ours to change: a matvec may return its argument
+    alpha = torch.dot(w, basis[-1])
+    _without([*locked, *basis], w)
+    a, b = torch.stack([alpha, torch.linalg.vector_norm(w)]).double().tolist()
+    return w, a, b
+
+
+def _without(basis: Sequence[Tensor], w: Tensor) -> Tensor:
+    """Takes the basis out of w, in place: twice, which is enough."""
+    for _ in range(2):
+        for q in basis:
+            w.addcmul_(q, torch.dot(q, w), value=-1)
+    return w
+
+
+def _combined(basis: Sequence[Tensor], weights: Array) -> Tensor:
+    vector = torch.zeros_like(basis[0])
     for q, weight in zip(basis, weights, strict=True):
         vector.add_(q, alpha=float(weight))
-    return EigenEstimate(value, residual, vector, bool(converged), len(basis))
+    return vector
+
+
+def _mix(basis: list[Tensor], weights: Array) -> None:
+    """Makes the basis the combinations that the columns of weights tell: in place, a slice at a time."""
+    mix = torch.as_tensor(np.ascontiguousarray(weights.T)).to(basis[0])
+    for start in range(0, basis[0].numel(), SLICE):
+        part = slice(start, start + SLICE)
+        for q, mixed in zip(basis, mix @ torch.stack([q[part] for q in basis]), strict=False):
+            q[part] = mixed
+    del basis[len(mix) :]
 
 
 def start_vector(like: Tensor, seed: int, direction: Tensor | None = None) -> Tensor:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import weakref
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from safe_lr.lanczos import lanczos, start_vector
+from safe_lr.lanczos import lanczos, quadrature, several, start_vector
 
 
 def with_spectrum(eigenvalues: Tensor, seed: int = 0) -> Tensor:
@@ -112,3 +115,144 @@ def test_float32_stays_orthogonal() -> None:
     truth = np.linalg.eigvalsh(matrix.double().numpy())[-1]
     found = lanczos(lambda v: matrix @ v, start_vector(matrix[0], 1), tol=1e-5, max_matvecs=200)
     assert found.value == pytest.approx(truth, rel=1e-5)
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA, ids=str)
+@pytest.mark.parametrize("max_basis", [2, 3, 5, 12])
+def test_bounded_basis_gives_the_same_eigenvalue(spectrum: str, max_basis: int) -> None:
+    matrix = with_spectrum(SPECTRA[spectrum], 1)
+    truth = float(torch.linalg.eigvalsh(matrix)[-1])
+    start = start_vector(matrix[0], 1)
+    found = lanczos(lambda v: matrix @ v, start, tol=1e-10, max_matvecs=5000, max_basis=max_basis)
+    assert found.converged
+    assert found.value == pytest.approx(truth, rel=1e-9)
+    error = float((matrix @ found.vector - found.value * found.vector).norm())
+    assert error <= 1e-8 * matrix.norm()
+    assert error == pytest.approx(found.residual, rel=1e-3, abs=1e-12 * float(matrix.norm()))
+    assert found.num_matvecs >= lanczos(lambda v: matrix @ v, start, tol=1e-10).num_matvecs
+
+
+class Living(TorchDispatchMode):
+    """Counts the vectors of n entries and more that live at once, of those that come from torch's operators."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.n, self.peak = n, 0
+        self.made: list[weakref.ref[Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.numel() >= self.n:
+            self.made.append(weakref.ref(out))
+        alive = [t for t in (ref() for ref in self.made) if t is not None]
+        self.made = [weakref.ref(t) for t in alive]
+        self.peak = max(self.peak, len({t.untyped_storage().data_ptr() for t in alive}))
+        return out
+
+
+@pytest.mark.parametrize("max_basis", [2, 3, 6, None])
+def test_bounded_basis_bounds_the_vectors_that_live_at_once(max_basis: int | None, monkeypatch: Any) -> None:
+    monkeypatch.setattr("safe_lr.lanczos.SLICE", 16)  # the restart mixes slices, which are not counted
+    diagonal = torch.linspace(0, 5, 100, dtype=torch.float64)
+    start = start_vector(diagonal, 0)
+    with Living(100) as living:
+        found = lanczos(diagonal.mul, start, tol=1e-2, max_matvecs=1000, max_basis=max_basis)
+    assert found.converged
+    assert found.value == pytest.approx(5.0, rel=1e-2)
+    if max_basis is None:
+        assert living.peak == found.num_matvecs + 2  # the counter counts
+    else:
+        assert living.peak <= max_basis + 2
+        assert found.num_matvecs > 2 * max_basis  # restarted more than once
+
+
+def test_bounded_basis_costs_little_at_the_schedulers_tolerance() -> None:
+    matrix = with_spectrum(torch.cat([torch.logspace(-3, 1, 300), torch.tensor([30.0, 60.0, 80.0, 100.0])]))
+    free, bound = (
+        [
+            lanczos(lambda v: matrix @ v, start_vector(matrix[0], seed), tol=0.1, max_basis=m).num_matvecs
+            for seed in range(10)
+        ]
+        for m in (None, 2)
+    )
+    assert sum(bound) <= 1.3 * sum(free)
+
+
+def test_basis_too_small_is_refused() -> None:
+    for wrong in (1, 2.5):
+        with pytest.raises(ValueError, match=f"max_basis must be an integer of at least 2.*got {wrong}"):
+            lanczos(lambda v: v, torch.ones(3), max_basis=wrong)
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA, ids=str)
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_several_eigenvalues(spectrum: str, k: int) -> None:
+    matrix = with_spectrum(SPECTRA[spectrum], 2)
+    k = min(k, len(matrix))
+    truth = torch.linalg.eigvalsh(matrix).flip(0)[:k]
+    found = several(lambda v: matrix @ v, start_vector(matrix[0], 0), k, tol=1e-9)
+    size = float(torch.linalg.matrix_norm(matrix, 2))
+    assert [pair.value for pair in found] == pytest.approx(truth.tolist(), rel=1e-8, abs=1e-12 * size)
+    assert all(pair.converged for pair in found)
+    vectors = torch.stack([pair.vector for pair in found])
+    torch.testing.assert_close(vectors @ vectors.T, torch.eye(k, dtype=torch.float64), atol=1e-7, rtol=0)
+    for pair in found:
+        error = float((matrix @ pair.vector - pair.value * pair.vector).norm())
+        assert error == pytest.approx(pair.residual, rel=1e-3, abs=1e-12 * size)
+
+
+def test_repeated_eigenvalues_are_found_as_often_as_they_are_repeated() -> None:
+    """A single Krylov space holds each once: the search orthogonal to what was found must bring the others."""
+    bulk = torch.linspace(0, 1, 2000, dtype=torch.float64) ** 3
+    for top in ([3.0, 3.0, 2.5, 2.0], [3.0, 3.0, 3.0, 1.5], [1.3, 1.3, 1.2, 1.2], [4.0, 3.0, 3.0, 3.0]):
+        diagonal = torch.cat([bulk, torch.tensor(top, dtype=torch.float64)])
+        for seed in range(10):
+            found = several(diagonal.mul, start_vector(diagonal, seed), 4, seed=seed)
+            assert [pair.value for pair in found] == pytest.approx(top, rel=1e-4)
+            assert all(pair.converged for pair in found)
+
+
+@pytest.mark.parametrize(
+    "diagonal", [torch.zeros(6), torch.ones(6), torch.tensor([1.0, 0, 0, 0, 0, 0]), -torch.ones(6)], ids=str
+)
+def test_several_eigenvalues_where_every_krylov_space_is_small(diagonal: Tensor) -> None:
+    for k in range(1, 7):
+        found = several(lambda v: diagonal * v, start_vector(diagonal, 0), k, max_matvecs=2 * k)
+        truth = diagonal.sort(descending=True).values[:k].tolist()
+        assert [pair.value for pair in found] == pytest.approx(truth, abs=1e-5)
+        assert found[0].num_matvecs <= 2 * k
+
+
+def test_several_eigenvalues_within_a_budget() -> None:
+    matrix = with_spectrum(torch.linspace(0.9, 1, 300))
+    found = several(lambda v: matrix @ v, start_vector(matrix[0], 0), 3, tol=1e-8, max_matvecs=6)
+    assert [pair.converged for pair in found] == [False] * 3
+    assert found[0].num_matvecs == 6
+    assert math.isnan(several(lambda v: v * math.nan, torch.ones(5), 2)[1].value)
+
+
+@pytest.mark.parametrize(
+    ("k", "budget", "message"),
+    [(0, 9, "between 1 and .* 3; got 0"), (4, 9, "got 4"), (2, 3, "at least 2 k = 4, got 3")],
+)
+def test_several_eigenvalues_out_of_range(k: int, budget: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        several(lambda v: v, torch.ones(3), k, max_matvecs=budget)
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA, ids=str)
+def test_quadrature_is_exact_for_polynomials(spectrum: str) -> None:
+    """Degree 2 m - 1 from m products: v' A^d v / v' v."""
+    matrix = with_spectrum(SPECTRA[spectrum], 3) / float(SPECTRA[spectrum].abs().max())
+    v = start_vector(matrix[0], 0)
+    nodes, weights = quadrature(lambda u: matrix @ u, 3 * v, 5)
+    assert (np.diff(nodes) > 0).all() and (weights >= 0).all()
+    for degree in range(10):
+        truth = float(v @ torch.linalg.matrix_power(matrix, degree) @ v)
+        assert weights @ nodes**degree == pytest.approx(truth, rel=1e-9, abs=1e-12)
+
+
+def test_quadrature_of_a_product_that_is_not_finite() -> None:
+    assert np.isnan(quadrature(lambda v: v * math.nan, torch.ones(3), 4)[0]).all()
+    with pytest.raises(ValueError, match="finite, non-zero vector"):
+        quadrature(lambda v: v, torch.zeros(3), 4)

@@ -30,6 +30,7 @@ ORDER = (
     "plots",
     "loggers",
     "measurement",
+    "spectrum",
     "sharpness",
     "eigenproblem",
     "ensemble",

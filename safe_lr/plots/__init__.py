@@ -5,6 +5,7 @@ matplotlib (extra `plot`) is imported when a picture is drawn, not before.
 
 from safe_lr.plots.charts import HEIGHT, POINTS, Axis, Chart, layout, linear_axis, log_axis, number, spread
 from safe_lr.plots.run import LR_LABELS, Points, curve, lr_curve, measured, thin
+from safe_lr.plots.spectrum import spectral_density
 from safe_lr.plots.theory import stability_region, transition_spectrum
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "lr_curve",
     "measured",
     "number",
+    "spectral_density",
     "spread",
     "stability_region",
     "thin",
