@@ -179,6 +179,7 @@ class Eigenproblem:
         curvature: Gradient and Hessian products.
         tol: Relative residual at which a solve stops.
         max_matvecs: Largest number of products for all solves together.
+        max_basis: Largest number of Krylov vectors kept at a time; None keeps all.
         cautious: Whether limits come from `upper` instead of `value`.
         seed: Seed of the start vectors.
         warm: Eigenvectors of an earlier measurement, by name.
@@ -194,12 +195,13 @@ class Eigenproblem:
         *,
         tol: float,
         max_matvecs: int,
+        max_basis: int | None = None,
         cautious: bool,
         seed: int,
         warm: dict[str, Tensor],
     ) -> None:
         self.curvature, self.tol, self.max_matvecs, self.cautious = curvature, tol, max_matvecs, cautious
-        self.seed, self.warm = seed, warm
+        self.seed, self.warm, self.max_basis = seed, warm, max_basis
         self.everyone = moving
         # A parameter that the loss does not use, or that got no gradient while others did, is not moved by the step.
         trained = any(m.grad is not None for m in moving)
@@ -331,6 +333,7 @@ class Eigenproblem:
             tol=self.tol,
             max_matvecs=max(1, self._left() - reserved),
             min_matvecs=MIN_MATVECS,
+            max_basis=self.max_basis,
         )
         self.num_matvecs += estimate.num_matvecs
         if not math.isfinite(estimate.value):

@@ -99,6 +99,7 @@ class CoherenceGuard:
         tol: float = 0.1,
         warm_start: bool = True,
         max_matvecs: int = 30,
+        max_basis: int | None = None,
         max_overhead: float = 0.05,
         credit: float = 60.0,
         lambda_every: int = 4,
@@ -121,7 +122,7 @@ class CoherenceGuard:
         if not any(p.requires_grad for group in self.ensemble.param_groups for p in group["params"]):
             raise ValueError("no parameter of the optimizer requires grad: nothing can be measured or capped")
         self.optimizer = self.ensemble.members[0]
-        self.settings = Settings(bound, curvature, hvp, tol, max_matvecs, cautious=True)
+        self.settings = Settings(bound, curvature, hvp, tol, max_matvecs, max_basis, cautious=True)
         self.policy = Policy(margin, margin_max, trial_slack, growth, max_overhead, credit)
         self._controller = Controller(self.policy, self.settings.least_cost)
         self.rates = Rates(self.ensemble)

@@ -47,6 +47,7 @@ class Settings:
             `finite-difference`, or `auto`: exact, lean where memory runs out, differences where nothing else works.
         tol: Relative residual at which the eigen-solver stops.
         max_matvecs: Largest number of products for one measurement.
+        max_basis: Largest number of Krylov vectors kept at a time; None keeps all (one a product).
         cautious: Whether the limits come from `value + residual` (the scheduler) or from the value itself.
 
     Raises:
@@ -58,6 +59,7 @@ class Settings:
     hvp: str = "auto"
     tol: float = 1e-3
     max_matvecs: int = 500
+    max_basis: int | None = None
     cautious: bool = False
 
     def __post_init__(self) -> None:
@@ -70,6 +72,8 @@ class Settings:
             raise ValueError(f"tol must lie in (0, 1), got {self.tol!r}")
         if not isinstance(self.max_matvecs, int):
             raise TypeError(f"max_matvecs must be an integer, got {self.max_matvecs!r}")
+        if self.max_basis is not None and (not isinstance(self.max_basis, int) or self.max_basis < 2):
+            raise ValueError(f"max_basis must be an integer of at least 2 (vectors), or None; got {self.max_basis!r}")
         if self.max_matvecs < self.least_matvecs:
             raise ValueError(
                 f"max_matvecs must be at least {self.least_matvecs} under bound={self.bound!r}, for fewer products "
@@ -171,6 +175,7 @@ def measure(
     hvp: str = "auto",
     tol: float = 1e-3,
     max_matvecs: int = 500,
+    max_basis: int | None = None,
     preconditioner: str | Preconditioner | None = None,
     seed: int = 0,
 ) -> Measurement:
@@ -193,6 +198,7 @@ def measure(
         hvp: `auto`, `exact`, `lean` or `finite-difference`.
         tol: Relative residual of the eigenvalues.
         max_matvecs: Largest number of products, over all eigenvalues.
+        max_basis: Largest number of parameter-sized Krylov vectors kept at a time; None keeps one a product.
         preconditioner: None for what is registered, "from-update" to infer P from an unknown optimizer's own update, or
             a `Preconditioner`.
         seed: Seed of the start vectors.
@@ -225,7 +231,7 @@ def measure(
             "measure() needs a closure that returns the loss: measure(optimizer, lambda: criterion(model(x), y))"
         )
     as_list(closure, "measure()")
-    settings = Settings(bound, curvature, hvp, tol, max_matvecs)
+    settings = Settings(bound, curvature, hvp, tol, max_matvecs, max_basis)
     lrs = [float(group["lr"]) for group in ensemble.param_groups]
     initial = [float(group.get("initial_lr", group["lr"])) for group in ensemble.param_groups]
     moving = movers(ensemble, shares(lrs, initial)[1])
@@ -327,6 +333,7 @@ def _solved(
         curvature,
         tol=settings.tol,
         max_matvecs=settings.max_matvecs,
+        max_basis=settings.max_basis,
         cautious=settings.cautious,
         seed=seed,
         warm=warm,

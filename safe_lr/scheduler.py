@@ -63,6 +63,8 @@ class CoherenceScheduler(LRScheduler):
         tol: Relative residual at which the eigen-solver stops. Limits use `value + residual`.
         warm_start: Start from the last eigenvector, which then is part of `state_dict`.
         max_matvecs: Largest number of Hessian-vector products for one measurement.
+        max_basis: Largest number of parameter-sized Krylov vectors kept at a time (at least 2): for models so large that
+            one a product, five to ten in all, does not fit. None keeps all.
         max_overhead: Gradient evaluations spent on measuring per update, in the long run ...
         credit: ... beside this many, spent early and on alarms. Counts, not clocks: runs repeat bit for bit. A quarter
             is kept for alarms; below about 11 (18 under `lemma1`) the first updates go unmeasured.
@@ -116,6 +118,7 @@ class CoherenceScheduler(LRScheduler):
         tol: float = 0.1,
         warm_start: bool = True,
         max_matvecs: int = 30,
+        max_basis: int | None = None,
         max_overhead: float = 0.05,
         credit: float = 60.0,
         lambda_every: int = 4,
@@ -144,6 +147,7 @@ class CoherenceScheduler(LRScheduler):
             tol=tol,
             warm_start=warm_start,
             max_matvecs=max_matvecs,
+            max_basis=max_basis,
             max_overhead=max_overhead,
             credit=credit,
             lambda_every=lambda_every,

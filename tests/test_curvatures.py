@@ -365,3 +365,19 @@ def test_autocast_is_measured_close_to_full_precision(dtype: torch.dtype) -> Non
 
     full = safe_lr.measure(optimizer, lambda: F.cross_entropy(model(x), y))
     assert safe_lr.measure(optimizer, mixed).lr_limit == pytest.approx(full.lr_limit, rel=0.03)
+
+
+@pytest.mark.parametrize("max_basis", [2, 4])
+def test_a_small_basis_finds_the_same_limit(max_basis: int) -> None:
+    model, params, x, y = network()
+    optimizer = torch.optim.Adam(params, lr=1e-3)
+    free = safe_lr.measure(optimizer, lambda: F.cross_entropy(model(x), y), tol=1e-6)
+    bound = safe_lr.measure(optimizer, lambda: F.cross_entropy(model(x), y), tol=1e-6, max_basis=max_basis)
+    assert bound.lr_limit == pytest.approx(free.lr_limit, rel=1e-5) and bound.converged
+    guard = CoherenceGuard(optimizer, max_basis=max_basis, loggers=None)
+    F.cross_entropy(model(x), y).backward()
+    guard.observe(lambda: F.cross_entropy(model(x), y))
+    optimizer.step()
+    assert guard.last_measurement is not None and guard.last_measurement.failure is None
+    with pytest.raises(ValueError, match="max_basis must be an integer of at least 2"):
+        CoherenceGuard(optimizer, max_basis=1)
