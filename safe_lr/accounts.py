@@ -28,6 +28,7 @@ class State:
     cap: float | None = None
     measured_limit: float = math.nan  # `figures["lr_limit"]` follows it and c from one measurement to the next
     flips: list[float | None] = field(default_factory=list)  # each parameter's c at that measurement, None: no gradient
+    moving: list[bool] = field(default_factory=list)  # which parameters had a gradient at that measurement
     following: bool = False  # whether c still moves
     due_at: int = 0
     gap: int = 0  # updates between routine measurements; 0 before the first
@@ -193,5 +194,6 @@ class State:
                 "trend": NormTrend(**state_dict["trend"]),
                 "figures": dict(state_dict["figures"]),
                 "flips": list(state_dict["flips"]),
+                "moving": list(state_dict["moving"]),
             }
         )

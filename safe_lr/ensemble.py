@@ -93,6 +93,10 @@ class Ensemble:
                 norms.append(float(total if scale is None else total / scale.to(total.device)))
         return math.hypot(*norms) if norms else None
 
+    def moving(self) -> list[bool]:
+        """Returns for each parameter whether it has a gradient and so takes part in the coming update."""
+        return [p.grad is not None for group in self.param_groups for p in group["params"]]
+
     def flips(self, updates: int | None) -> list[float | None]:
         """Returns the update rule's c at the coming step for each parameter, None for those without gradient.
 

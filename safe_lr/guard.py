@@ -47,6 +47,9 @@ NO_CLOSURE = (
     "guard between backward() and optimizer.step(). Training goes on; no new limit can be measured."
 )
 
+SCALED = 100.0
+"""From this ratio of the training gradient to the closure's own on, a GradScaler has not unscaled all of it."""
+
 HISTORY = 10_000
 """Decisions kept in memory."""
 
@@ -137,7 +140,7 @@ class CoherenceGuard:
         self._closed = False
         self._log = Broadcast(resolve(loggers, log_path), self._config)
         self._succeed()
-        handles = around_updates(self.ensemble.members, self._prepare, self._after)
+        handles = around_updates(self.ensemble.members, self)
         # Once the guard is gone, or the process ends, the optimizer has its desired lr and no hook of ours.
         self._at_exit = weakref.finalize(self, _leave, handles, self.rates)
 
@@ -248,7 +251,7 @@ class CoherenceGuard:
     def _state(self) -> State:
         return self._controller.state
 
-    def _prepare(self) -> None:
+    def before(self) -> None:
         """Before the update: measures where that is due or something looks wrong, moves the cap, writes the lrs."""
         try:
             self._act()
@@ -262,9 +265,11 @@ class CoherenceGuard:
             state.young = self.ensemble.fresh
         if self.rates.drifted() and not state.retry:
             state.due_at = min(state.due_at, state.updates)
-        size = self.ensemble.gradient_norm()
+        size, moving = self.ensemble.gradient_norm(), self.ensemble.moving()
         if size is None:
             return  # no gradients: nothing moves
+        if not state.retry and any(now and not then for now, then in zip(moving, state.moving, strict=False)):
+            state.due_at = min(state.due_at, state.updates)  # the limit did not count these
         usual, alarm = state.trend, state.trend.alarming(size)
         state.trend = usual.after(size)
         if self._controller.due(alarm=alarm):
@@ -277,12 +282,19 @@ class CoherenceGuard:
                 self._warn_once("observe", NO_CLOSURE)
         if state.cap is not None:
             if state.following and self.settings.bound == "momentum":
-                self._controller.follow(self.ensemble.flips(self._counted))
+                self._controller.follow(self._flips())
             if self._observed is not None and self._probe is None and self._controller.trial_due(self.rates.lr_ref):
                 self._try(self._observed)
                 return
             state.cap = self._controller.cap_under(state.figures["lr_limit"])
         self.apply()
+
+    def _flips(self) -> list[float | None]:
+        """Each parameter's c at the coming step; none where the optimizer's state cannot be read."""
+        try:
+            return self.ensemble.flips(self._counted)
+        except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError):
+            return []  # the next measurement will say what is wrong with it
 
     @property
     def _counted(self) -> int | None:
@@ -299,12 +311,24 @@ class CoherenceGuard:
         self.rates.read()
         return self.rates.capped_at(None if self._closed else self._state.cap)
 
-    def _after(self, updated: bool) -> None:
+    def resume(self) -> None:
+        """Before another optimizer of several takes its part in the update: applies the cap again."""
+        self.rates.read()
+        self.apply()
+
+    def pause(self) -> None:
+        """After one optimizer of several: nobody else sees its capped lr."""
+        if self.restore:
+            self.rates.give_back()
+
+    def after(self, updated: bool) -> None:
         """After the update: counts it. One that a GradScaler dropped does not count, and has used no closure."""
         if not updated:
             self._observed = None
             return
         state = self._state
+        if len(self.ensemble.members) > 1:
+            self.resume()  # what was paused in between counts, and is shown
         if self.rates.capped:
             state.capped_steps += 1
             if state.first_capped_step is None:
@@ -346,11 +370,12 @@ class CoherenceGuard:
         shares = self.rates.present_shares()
         try:
             moving = self._movers(shares)
-            if self._probe is not None:
+            if self._probe is not None and "trial" not in self.ensemble.kinds:
                 for mover in moving:
                     mover.grad = None  # P is that of a step taken on the probe
             if "trial" in self.ensemble.kinds:
-                found = search_step(moving, closures, self.rates.lr_ref / self.policy.trial_slack)
+                start = state.figures.get("lr_limit", self.rates.lr_ref / self.policy.trial_slack)
+                found = search_step(moving, closures, start, self.settings.curvature)
             else:
                 found = measure_step(
                     moving,
@@ -364,6 +389,11 @@ class CoherenceGuard:
                 )
             if "inferred" in self.ensemble.kinds:
                 found = replace(found, inferred=True)
+            if len(self.ensemble.members) > 1 and (found.gradient_ratio or 0.0) > SCALED:
+                raise MeasurementFailed(
+                    f"the gradients are {found.gradient_ratio:.3g} times those of the closure: under a GradScaler call "
+                    "scaler.unscale_(optimizer) for every optimizer before the first one's scaler.step()"
+                )
             if found.failure is not None and self._on_failure == "raise":
                 raise MeasurementFailed(found.failure, found.num_matvecs)
         except Exception as error:  # noqa: BLE001 (raised again or recorded)
@@ -428,7 +458,7 @@ class CoherenceGuard:
         before = self.rates.applied[group]
         if found.failure is None:
             self._vectors = found.vectors if self._warm_start else {}
-            state.flips = self.ensemble.flips(self._counted)
+            state.flips, state.moving = self._flips(), self.ensemble.moving()
         _, moved = self._controller.settle(found, lr_ref=self.rates.lr_ref, jump=jump)
         self.apply()
         after = self.rates.applied[group]

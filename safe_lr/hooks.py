@@ -5,28 +5,41 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 
-def around_updates(
-    optimizers: Sequence[Optimizer], before: Callable[[], None], after: Callable[[bool], None]
-) -> list[RemovableHandle]:
-    """Calls `before()` when the gradients of an update are there, and `after(updated)` when `step()` is over.
+class Guard(Protocol):
+    """What is told of updates."""
+
+    def before(self) -> None:
+        """The gradients of an update are there."""
+
+    def resume(self) -> None:
+        """Another of several optimizers is about to take its part in the update."""
+
+    def pause(self) -> None:
+        """One of several optimizers has taken its part, others have not."""
+
+    def after(self, updated: bool) -> None:
+        """The update is over; `updated` is False where it was dropped."""
+
+
+def around_updates(optimizers: Sequence[Optimizer], guard: Guard) -> list[RemovableHandle]:
+    """Calls `guard.before()` when the gradients of an update are there, and `guard.after(updated)` when it is over.
 
     In `optimizer.step(closure)` there are no gradients when torch's pre-hook runs: `before` then runs when that closure
     has run. A fused optimizer drops an update whose gradients overflowed (GradScaler): `before` is not called for it,
     and `updated` is False. Several optimizers make one update together: `before` runs before the first of them steps,
-    `after` when the last one has, or when one is about to step again.
+    `after` when the last one has, or when one is about to step again; in between, `pause` and `resume`.
 
     Args:
         optimizers: Whose updates.
-        before: A bound method, held weakly: the optimizer must not keep alive what everyone else has dropped.
-        after: Likewise.
+        guard: Held weakly: the optimizer must not keep alive what everyone else has dropped.
 
     Returns:
         Handles to remove the hooks.
@@ -38,13 +51,13 @@ def around_updates(
         ...     def after(self, updated): print("after", updated)
         >>> watch, x = Watch(), torch.zeros(1, requires_grad=True)
         >>> optimizer = torch.optim.SGD([x])
-        >>> handles = around_updates([optimizer], watch.before, watch.after)
+        >>> handles = around_updates([optimizer], watch)
         >>> x.sum().backward()
         >>> optimizer.step()
         before
         after True
     """
-    update = _Update(len(optimizers), weakref.WeakMethod(before), weakref.WeakMethod(after))
+    update = _Update(len(optimizers), weakref.ref(guard))
     handles = []
     for optimizer in optimizers:
         handles.append(optimizer.register_step_pre_hook(update.pre_hook))
@@ -55,30 +68,29 @@ def around_updates(
 class _Update:
     """One update, by as many optimizers as take part in it."""
 
-    def __init__(
-        self,
-        members: int,
-        before: weakref.ReferenceType[Callable[[], None]],
-        after: weakref.ReferenceType[Callable[[bool], None]],
-    ) -> None:
-        self.members, self.before, self.after = members, before, after
+    def __init__(self, members: int, guard: weakref.ReferenceType[Guard]) -> None:
+        self.members, self.guard = members, guard
         self.stepped: set[int] = set()
         self.updated = self.begun = False
 
     def begin(self, optimizer: Optimizer) -> None:
         if id(optimizer) in self.stepped:
             self.end()
-        method = self.before()
-        if method is not None and not self.begun and not _dropped(optimizer):
+        guard = self.guard()
+        if guard is None or _dropped(optimizer):
+            return
+        if self.begun:
+            guard.resume()
+        else:
             self.begun = True
-            method()
+            guard.before()
 
     def end(self) -> None:
-        updated, method = self.updated, self.after()
+        updated, guard = self.updated, self.guard()
         self.stepped.clear()
         self.updated = self.begun = False
-        if method is not None:
-            method(updated)
+        if guard is not None:
+            guard.after(updated)
 
     def pre_hook(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -98,8 +110,11 @@ class _Update:
     def post_hook(self, optimizer: Optimizer, *_: object) -> None:
         self.stepped.add(id(optimizer))
         self.updated = self.updated or not _dropped(optimizer)
+        guard = self.guard()
         if len(self.stepped) == self.members:
             self.end()
+        elif guard is not None:
+            guard.pause()
 
 
 def warn_user(message: str) -> None:

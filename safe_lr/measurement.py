@@ -72,6 +72,8 @@ class Settings:
             raise ValueError(f"tol must lie in (0, 1), got {self.tol!r}")
         if not isinstance(self.max_matvecs, int):
             raise TypeError(f"max_matvecs must be an integer, got {self.max_matvecs!r}")
+        if self.curvature != "hessian" and self.hvp == "finite-difference":
+            raise ValueError(f"hvp='finite-difference' is for curvature='hessian', got curvature={self.curvature!r}")
         if self.max_basis is not None and (not isinstance(self.max_basis, int) or self.max_basis < 2):
             raise ValueError(f"max_basis must be an integer of at least 2 (vectors), or None; got {self.max_basis!r}")
         if self.max_matvecs < self.least_matvecs:
@@ -353,15 +355,17 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200]
 
 
-def search_step(moving: Sequence[Mover], closures: Closures, start: float) -> Measurement:
-    """Finds by halving the largest lr at which the coming step does not make the batch's loss worse.
+def search_step(moving: Sequence[Mover], closures: Closures, start: float, curvature: str = "hessian") -> Measurement:
+    """Finds the largest lr, to a factor of two, at which the coming step does not make the batch's loss worse.
 
-    This stands in for the limit where an optimizer has none. Forward passes only, at most SEARCHES.
+    This stands in for the limit where an optimizer has none. Forward passes only, at most SEARCHES: halving where the
+    first lr is too large, doubling where it is not.
 
     Args:
         moving: The parameters that may move, with their training gradients.
-        closure: Returns the loss.
+        closures: Return the loss.
         start: The lr to begin with, in units of lr_ref.
+        curvature: What the closures return.
 
     Returns:
         A `Measurement` with `curvature` "trial", that lr as `lr_limit`, and no eigenvalue; or a `failure`.
@@ -370,20 +374,25 @@ def search_step(moving: Sequence[Mover], closures: Closures, start: float) -> Me
     found = Measurement(curvature="trial", hvp="none", cost=COST_OF_LOSS)
     try:
         found = replace(found, maximize=ascends(moving))
+        if start <= 0 or all(m.grad is None for m in moving):
+            raise MeasurementFailed("there is no step to try: the lr is 0, or nothing has a gradient")
         with leave_no_trace([m.param for m in moving]) as untouched:
-            objective = Objective(closures, untouched)
+            objective = Objective(closures, untouched, curvature)
             loss = objective.loss()
             _check_finite(loss)
-            found = replace(found, loss=loss)
-            for halvings in range(SEARCHES):
-                lr = start / 2**halvings
+            found, lr, factor = replace(found, loss=loss), start, 0.0
+            for _ in range(SEARCHES):
                 steps = [None if m.grad is None else m.coming_step(m.grad, lr) for m in moving]
                 tried = replace(found, trial_loss=objective.loss_after(steps))
                 found = replace(found, cost=found.cost + COST_OF_LOSS)
-                if tried.trial_failed is False:
+                good = tried.trial_failed is False
+                if good:
                     found = replace(found, lr_limit=lr)
-                    break
-            else:
+                if factor and good == (factor < 1):
+                    break  # from bad to good, or from good to bad
+                factor = 2.0 if good else 0.5
+                lr *= factor
+            if math.isnan(found.lr_limit):
                 raise MeasurementFailed(f"no step down to lr {lr:.3g} lowers the batch's loss")
     except MeasurementFailed as failed:
         found = replace(found, failure=str(failed))
