@@ -12,6 +12,7 @@ from safe_lr.closures import Closure, ClosureError, Untouched, as_loss
 from safe_lr.operators import (
     Curvature,
     NoSecondDerivative,
+    Product,
     exact_hessian,
     finite_difference_hessian,
     fisher,
@@ -108,6 +109,8 @@ class Objective:
             if self.kind == "gauss-newton":
                 return gauss_newton(outputs, loss, params)
             return fisher(sampled_losses(outputs, self.seed + index), params, loss)
+        except TypeError as error:
+            raise ClosureError(str(error)) from error
         except RuntimeError as error:
             if "second time" not in str(error):
                 raise
@@ -166,13 +169,16 @@ def _mean(parts: Sequence[Curvature]) -> Curvature:
     if len(parts) == 1:
         return parts[0]
 
-    def product(vectors: Sequence[Tensor]) -> list[Tensor]:
-        total: list[Tensor] | None = None
-        for part in parts:
-            found = part.product(vectors)
-            total = found if total is None else [a.add_(b) for a, b in zip(total, found, strict=True)]
-        assert total is not None
-        return [t.div_(len(parts)) for t in total]
+    def mean(products: Sequence[Product]) -> Product:
+        def product(vectors: Sequence[Tensor]) -> list[Tensor]:
+            total = products[0](vectors)
+            for one in products[1:]:
+                total = [a.add_(b) for a, b in zip(total, one(vectors), strict=True)]
+            return [t.div_(len(products)) for t in total]
+
+        return product
+
+    again = [part.again for part in parts if part.again is not None]
 
     gradients = [torch.stack(g).mean(0) for g in zip(*(part.gradient for part in parts), strict=True)]
     used = [any(u) for u in zip(*(part.used for part in parts), strict=True)]
@@ -180,7 +186,8 @@ def _mean(parts: Sequence[Curvature]) -> Curvature:
         sum(part.loss for part in parts) / len(parts),
         gradients,
         used,
-        product,
+        mean([part.product for part in parts]),
+        again=mean(again) if again else None,
         cost_of_product=parts[0].cost_of_product,  # in gradients of the whole
         cost=parts[0].cost,
         hvp=parts[0].hvp,

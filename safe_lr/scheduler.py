@@ -63,8 +63,8 @@ class CoherenceScheduler(LRScheduler):
         tol: Relative residual at which the eigen-solver stops. Limits use `value + residual`.
         warm_start: Start from the last eigenvector, which then is part of `state_dict`.
         max_matvecs: Largest number of Hessian-vector products for one measurement.
-        max_basis: Largest number of parameter-sized Krylov vectors kept at a time (at least 2): for models so large that
-            one a product, five to ten in all, does not fit. None keeps all.
+        max_basis: Largest number of parameter-sized Krylov vectors kept at a time (at least 2), for models so large
+            that one a product, five to ten in all, does not fit. None keeps all.
         max_overhead: Gradient evaluations spent on measuring per update, in the long run ...
         credit: ... beside this many, spent early and on alarms. Counts, not clocks: runs repeat bit for bit. A quarter
             is kept for alarms; below about 11 (18 under `lemma1`) the first updates go unmeasured.

@@ -264,6 +264,46 @@ def test_auto_finds_a_way_and_the_limit_is_the_same(name: str) -> None:
     assert all(p.grad is None for p in params)
 
 
+@pytest.mark.parametrize("kind", ["gauss-newton", "fisher", "empirical-fisher"])
+@pytest.mark.parametrize("name", ["checkpointed reentrant", "custom function"])
+def test_other_curvatures_fail_where_part_of_the_graph_is_hidden(name: str, kind: str) -> None:
+    model, params, x, y = network()
+    wrapped = WAYS[name][0](model)
+    with pytest.raises(RuntimeError, match="differentiated twice|no second derivative"):
+        safe_lr.measure(torch.optim.SGD(params, lr=0.1), CLOSURES[kind](wrapped, x, y), curvature=kind)
+
+
+def test_rounding_behind_batchnorm_is_no_eigenvalue() -> None:
+    """A bias before BatchNorm has a zero row in H and a tiny P: differences find rounding errors there."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 3))
+    x, y = torch.randn(64, 6), torch.randint(0, 3, (64,))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for _ in range(5):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    truth = safe_lr.measure(optimizer, lambda: F.cross_entropy(model(x), y)).gamma
+    found = safe_lr.measure(optimizer, lambda: F.cross_entropy(model(x), y), hvp="finite-difference", tol=1e-2)
+    assert found.failure is not None or found.gamma == pytest.approx(truth, rel=0.1)
+
+
+@pytest.mark.parametrize("shape", [(7,), (7, 1)])
+def test_the_fisher_of_single_logits_is_refused(shape: tuple[int, ...]) -> None:
+    w = nn.Parameter(torch.ones(shape))
+    with pytest.raises(TypeError, match=r"logits of shape \(\.\.\., K\), K >= 2"):
+        safe_lr.measure(torch.optim.SGD([w], lr=0.1), lambda: (w * 2, lambda f: f.sigmoid().mean()), curvature="fisher")
+
+
+def test_more_that_does_not_go_together() -> None:
+    model, params, x, y = network()
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    with pytest.raises(ValueError, match="hvp='finite-difference' is for curvature='hessian'"):
+        safe_lr.measure(optimizer, lambda: model(x).sum(), curvature="fisher", hvp="finite-difference")
+    with pytest.raises(TypeError, match="loss_of_outputs does not use its argument"):
+        safe_lr.measure(optimizer, lambda: (model(x), lambda f: model(x).square().mean()), curvature="gauss-newton")
+
+
 def test_the_way_is_remembered_and_said() -> None:
     model, params, x, y = network()
     once = nn.Sequential(model[0], Once(), model[2])

@@ -868,6 +868,74 @@ def test_the_joint_limit_of_two_optimizers_is_that_of_both() -> None:
     assert guard.summary().steps == 5 and guard.summary().capped_steps == 5
 
 
+def test_schedules_between_the_steps_of_two_optimizers_see_no_cap() -> None:
+    params, optimizers, guard, loss = _coupled(SGD, SGD, lr=100.0)
+    schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.99) for o in optimizers]
+    for step in range(20):
+        loss().backward()
+        guard.observe(loss)
+        for k, (optimizer, schedule) in enumerate(zip(optimizers, schedules, strict=True)):
+            if k == 0 or step % 4 == 0:
+                optimizer.step()
+                assert optimizers[0].state_dict()["param_groups"][0]["lr"] > 50
+            schedule.step()
+            optimizer.zero_grad()
+    assert [o.param_groups[0]["lr"] for o in optimizers] == [pytest.approx(100 * 0.99**20)] * 2
+    assert guard.summary().capped_steps > 10 and float(loss().detach()) < 10
+
+
+@pytest.mark.parametrize("how", ["unfrozen", "first gradient"])
+def test_a_parameter_that_begins_to_move_is_measured_before_it_does(how: str) -> None:
+    a, b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.full((3,), 0.01))
+    b.requires_grad_(how != "unfrozen")
+    optimizer = SGD([a, b], lr=10.0)
+    guard = CoherenceGuard(optimizer, margin=0.5, loggers=None)
+
+    def loss() -> Tensor:
+        steep = 100 * (b * b).sum() if moving else 0.0
+        return (a * a).sum() / 2 + steep + 0.5
+
+    for step in range(40):
+        moving = step >= 20
+        b.requires_grad_(moving or how != "unfrozen")
+        optimizer.zero_grad()
+        loss().backward()
+        guard.observe(loss)
+        optimizer.step()
+        assert guard.coming_lrs()[0] <= (0.011 if moving else 1.1)
+    assert float(b.detach().abs().max()) < 0.02
+
+
+def test_gradients_that_a_scaler_has_not_unscaled_are_named() -> None:
+    params, optimizers, guard, loss = _coupled(SGD, SGD)
+    loss().backward()
+    params[1].grad.mul_(2.0**16)
+    guard.observe(loss)
+    with pytest.warns(RuntimeWarning, match=r"scaler.unscale_\(optimizer\) for every optimizer"):
+        optimizers[0].step()
+    assert guard.last_decision.action == "hold"
+
+
+@pytest.mark.parametrize("step", [None, float("nan"), "three"])
+def test_a_state_that_cannot_be_read_is_held(step: Any) -> None:
+    bowl = Bowl(Case(Adam)).run(2)
+    bowl.optimizer.state[bowl.x]["step"] = torch.tensor(step) if isinstance(step, float) else step
+    bowl.backward()
+    bowl.guard.observe(bowl.loss)
+    bowl.guard._state.due_at = 0
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        bowl.guard.before()
+    assert bowl.guard.last_decision.action == "hold"
+    assert "parameter group 0" in bowl.guard.last_decision.reason
+
+
+def test_a_negative_weight_decay_is_a_failure() -> None:
+    bowl = Bowl(Case(AdamW), lr=0.01).run(2)
+    bowl.optimizer.param_groups[0]["weight_decay"] = -1e6
+    assert "weight decay negative" in bowl.guard.measure(bowl.loss).failure
+
+
 def test_two_optimizers_of_different_kinds_share_one_scale() -> None:
     """The dense D^1/2 H D^1/2 with each optimizer's own c and P is the oracle."""
     params, optimizers, guard, loss = _coupled(lambda p, lr: SGD(p, lr=lr / 4, momentum=0.9), Adam, lr=4.0)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import safe_lr
 from safe_lr import CoherenceGuard, CoherenceScheduler
@@ -146,6 +147,72 @@ def test_sign_steps_have_no_p_to_infer() -> None:
         safe_lr.measure(optimizer, loss)
 
 
+class Trusting(Optimizer):
+    """LARS: the step is as long as the parameter. Keeps a log, a counter and a dict of its own."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+        self.log: list[int] = []
+        self.count, self.stats = torch.zeros(1), {"n": 0}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.log.append(1)
+        self.count.add_(1)
+        self.stats["n"] += 1
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * p.norm() / p.grad.norm() * p.grad)
+
+
+def test_rehearsals_are_made_where_the_parameter_is_and_leave_no_trace() -> None:
+    w = nn.Parameter(10 * torch.ones(6))
+    curvatures = 0.01 * torch.linspace(0.2, 1, 6)
+    optimizer = Trusting([w], lr=20.0)
+    guard = CoherenceGuard(optimizer, preconditioner="from-update", margin=0.5, loggers=None)
+    everyone: list[int] = []
+    handle = register_optimizer_step_post_hook(lambda *_: everyone.append(1))
+    for _ in range(30):
+        optimizer.zero_grad()
+        (curvatures * w**2).sum().div(2).backward()
+        guard.observe(lambda: (curvatures * w**2).sum() / 2)
+        optimizer.step()
+    handle.remove()
+    assert len(everyone) == len(optimizer.log) == int(optimizer.count) == optimizer.stats["n"] == 30
+    assert float((curvatures * w.detach() ** 2).sum()) < 6.1  # what it began with; uncapped it is infinite
+
+
+class CoupledDecay(Optimizer):
+    """L2 decay through a fixed P of .01."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * (p.grad + group["weight_decay"] * p) / 0.01)
+
+
+def test_l2_decay_is_found_out() -> None:
+    x = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+    optimizer = CoupledDecay([x], {"lr": 1e-3, "weight_decay": 1.0})
+    found = safe_lr.measure(
+        optimizer, lambda: x**2 @ torch.tensor([0.5, 0.25], dtype=torch.float64), preconditioner="from-update", tol=1e-8
+    )
+    assert found.lr_limit == pytest.approx(2 * 0.01 / (1 + 1.0), rel=1e-6)
+
+
+def test_a_zero_gradient_has_a_response_too() -> None:
+    """LoRA at its start: A's gradient is exactly zero, B's is not."""
+    torch.manual_seed(0)
+    a, b = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.zeros(3, 2))
+    x, y = torch.randn(16, 4), torch.randn(16, 3)
+    limits = [
+        safe_lr.measure(make([a, b], lr=0.1), lambda: (x @ a.T @ b.T - y).square().mean(), preconditioner="from-update")
+        for make in (SGD, unknown(SGD))
+    ]
+    assert limits[1].lr_limit == pytest.approx(limits[0].lr_limit, rel=1e-2)
+
+
 # ---- Lion: trial steps alone
 
 
@@ -195,3 +262,37 @@ def test_lion_is_held_by_trial_steps_alone() -> None:
     assert float(loss().detach()) < 0.7 * first
     assert guard.summary().num_matvecs == 0
     assert optimizer.param_groups[0]["lr"] == 10.0
+
+
+def test_lion_on_a_probe_and_under_a_warm_up() -> None:
+    model, optimizer, loss = trained(lambda params: lion(params, lr=5.0), steps=0)
+    guard = CoherenceGuard(optimizer, probe=loss, loggers=None)
+    first = float(loss().detach())
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    assert float(loss().detach()) < first and guard.summary().capped_steps > 0
+
+    model, optimizer, loss = trained(lambda params: lion(params, lr=1e-3), steps=0)
+    warm_up = CoherenceScheduler(
+        optimizer,
+        schedule=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda t: min(1.0, t / 50)),
+        loggers=None,
+    )
+    for step in range(60):
+        optimizer.zero_grad()
+        loss().backward()
+        warm_up.observe(loss)
+        optimizer.step()
+        warm_up.step()
+        assert warm_up.get_last_lr()[0] == pytest.approx(1e-3 * min(1.0, (step + 1) / 50), rel=1e-6)
+
+
+def test_lion_takes_the_closures_of_its_curvature() -> None:
+    model, optimizer, loss = trained(lambda params: lion(params, lr=5.0), steps=0)
+    guard = CoherenceGuard(optimizer, curvature="empirical-fisher", loggers=None)
+    loss().backward()
+    guard.observe(lambda: loss().expand(4))
+    optimizer.step()
+    assert guard.last_decision is not None and guard.last_decision.failure is None

@@ -75,6 +75,10 @@ class Preconditioner(ABC):
         decoupled = group.get("decoupled_weight_decay", self.decoupled)
         return (0.0, weight_decay) if decoupled else (weight_decay, 0.0)
 
+    def decay_of(self, group: Group, state: State, param: Tensor) -> tuple[float, float]:
+        """Returns `decay`, for one parameter where it has to be found out there."""
+        return self.decay(group, state)
+
     def descent_gradient(self, group: Group, param: Tensor, grad: Tensor) -> Tensor:
         """Returns the gradient that the optimizer averages: negated under `maximize`, L2 decay added."""
         g = -grad if group.get("maximize", False) else grad

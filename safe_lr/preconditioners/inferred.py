@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,8 +30,9 @@ class FromUpdate(Preconditioner):
     What does not depend on the gradient's sign cancels: momentum, decoupled weight decay. So this is the response to
     the fresh gradient alone, and the limit 2 / gamma that follows never exceeds that of an optimizer whose direction is
     an average with non-negative weights, in units of P: 2 / (1 - b1) <= 2 (1 + b1) / (1 - b1) with Adam's average,
-    2 <= 2 (1 + mu) for heavy ball, 2 / (1 + mu) <= 2 (1 + mu) / (1 + 2 mu) for Nesterov. Not defined for optimizers
-    that step by signs.
+    2 <= 2 (1 + mu) for heavy ball, 2 / (1 + mu) <= 2 (1 + mu) / (1 + 2 mu) for Nesterov. It is a local scale where the
+    step depends on the parameter's norm. Not defined for optimizers that step by signs of an average (those that step
+    by the sign of the fresh gradient alone cannot be told from a young Adam).
 
     Each parameter rehearses alone, which costs two copies of it and of its state at a time, and does not see what the
     optimizer couples across parameters (a norm over all).
@@ -44,9 +47,17 @@ class FromUpdate(Preconditioner):
         self.optimizer = optimizer
 
     def diagonal(self, group: Group, state: State, g: Tensor) -> Tensor:
+        return self._inferred(group, state, g, torch.zeros_like(g))
+
+    def root(self, group: Group, state: State, g: Tensor, param: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        p = self._inferred(group, state, g, param)
+        scale = p.rsqrt()
+        return (lambda v: v * scale), p
+
+    def _inferred(self, group: Group, state: State, g: Tensor, param: Tensor) -> Tensor:
         typical = g.square().mean().sqrt()
-        g = torch.where(g == 0, SMALL * typical, g)
-        lr, param = float(group["lr"]) or 1.0, torch.zeros_like(g)
+        g = torch.where(g == 0, SMALL * torch.where(typical > 0, typical, 1.0), g)
+        lr = float(group["lr"]) or 1.0
         up, down = (self._rehearsed(group, state, param, sign * g, lr) for sign in (-1.0, 1.0))
         sign = -1.0 if group.get("maximize", False) else 1.0
         response = sign * (up - down) / (2 * lr * g)
@@ -68,6 +79,19 @@ class FromUpdate(Preconditioner):
     def decay(self, group: Group, state: State | None = None) -> tuple[float, float]:
         return 0.0, float(group.get("weight_decay", 0.0))
 
+    def decay_of(self, group: Group, state: State, param: Tensor) -> tuple[float, float]:
+        """The largest rate at which weight decay moves an entry, whether it goes through P (L2) or beside it.
+
+        From rehearsals without gradient, with the decay and without it.
+        """
+        if not group.get("weight_decay", 0.0):
+            return 0.0, 0.0
+        lr, still = float(group["lr"]) or 1.0, torch.zeros_like(param)
+        with_decay = self._rehearsed(group, state, param, still, lr)
+        without = self._rehearsed({**group, "weight_decay": 0.0}, state, param, still, lr)
+        rate = (without - with_decay) / (lr * param)
+        return 0.0, max(0.0, float(torch.where(param == 0, torch.zeros_like(rate), rate).nan_to_num().max()))
+
     def descent_gradient(self, group: Group, param: Tensor, grad: Tensor) -> Tensor:
         return grad  # the rehearsal makes of it what the optimizer makes of it
 
@@ -81,7 +105,7 @@ class FromUpdate(Preconditioner):
         x = torch.nn.Parameter(param.detach().clone())
         x.grad = grad.detach().clone()
         double: Any = object.__new__(type(self.optimizer))
-        double.__dict__.update({name: value for name, value in vars(self.optimizer).items() if name not in _OWN})
+        double.__dict__.update({n: _copied(value) for n, value in vars(self.optimizer).items() if n not in _OWN})
         double.__dict__.update({name: OrderedDict() for name in _HOOKS if name in vars(self.optimizer)})
         own_lr = group["lr"]
         double.param_groups = [
@@ -95,8 +119,15 @@ class FromUpdate(Preconditioner):
         if state:
             double.state[x] = copy.deepcopy(dict(state))
         with torch.no_grad():
-            double.step()
+            inspect.unwrap(type(self.optimizer).step)(double)  # without torch's wrapper, which calls everyone's hooks
         return x.detach() - param.detach()
+
+
+def _copied(value: Any) -> Any:
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # noqa: BLE001 (what cannot be copied, a lock or a stream, is only looked at)
+        return value
 
 
 # What a schedule or a hook has put on the optimizer itself must not see the rehearsal.
