@@ -46,8 +46,8 @@ from tqdm import tqdm
 
 import safe_lr
 from benchmarks.quadratics import EXACT, TINY, Options, Quadratic, SetUp, first_unstable_lr, freeze, random_hessian
-from safe_lr.eigenproblem import movers, shares
 from safe_lr.ensemble import Ensemble
+from safe_lr.movers import movers, shares
 
 _BETAS = [(b1, b2) for b1 in (0.0, 0.5, 0.9, 0.95, 0.99) for b2 in (0.9, 0.99, 0.999, 0.9999)]
 _DECAY = [0.0, 0.0, 0.01, 0.3]

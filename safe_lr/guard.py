@@ -19,7 +19,7 @@ from safe_lr.accounts import State
 from safe_lr.closures import Closure
 from safe_lr.controller import Controller
 from safe_lr.decisions import Action, Decision, Summary
-from safe_lr.eigenproblem import MIN_MATVECS, MeasurementFailed, Mover, movers
+from safe_lr.eigenproblem import MIN_MATVECS
 from safe_lr.ensemble import Ensemble
 from safe_lr.hooks import around_updates, warn_user
 from safe_lr.loggers import Logger, is_stop_request, resolve
@@ -36,6 +36,7 @@ from safe_lr.measurement import (
     search_step,
     try_step,
 )
+from safe_lr.movers import MeasurementFailed, Mover, movers
 from safe_lr.neighbours import Neighbours
 from safe_lr.objective import Closures, as_list
 from safe_lr.policies import Policy

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from safe_lr.closures import ClosureError, leave_no_trace
-from safe_lr.eigenproblem import BOUNDS, MIN_MATVECS, Eigenproblem, MeasurementFailed, Mover, ascends, movers, shares
+from safe_lr.eigenproblem import BOUNDS, MIN_MATVECS, Eigenproblem
 from safe_lr.ensemble import Ensemble
+from safe_lr.movers import MeasurementFailed, Mover, ascends, movers, shares
 from safe_lr.objective import Closures, Objective, as_list
 from safe_lr.operators import CURVATURES
 from safe_lr.preconditioners import Preconditioner

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from safe_lr.eigenproblem import shares
 from safe_lr.ensemble import Ensemble
+from safe_lr.movers import shares
 
 DRIFT = 1.1
 """A group's share of lr_ref may grow by this factor before the measured limit counts as outdated."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import safe_lr
-from safe_lr.eigenproblem import shares
+from safe_lr.movers import shares
 from safe_lr.preconditioners import preconditioner_of
 from tests.cases import CASES, Case, quadratic
 

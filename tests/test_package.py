@@ -33,6 +33,7 @@ ORDER = (
     "spectrum",
     "sharpness",
     "eigenproblem",
+    "movers",
     "ensemble",
     "objective",
     "operators",

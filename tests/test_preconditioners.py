@@ -28,8 +28,8 @@ from torch.optim import (
 )
 
 import safe_lr.preconditioners as models
-from safe_lr.eigenproblem import movers
 from safe_lr.ensemble import Ensemble
+from safe_lr.movers import movers
 from safe_lr.preconditioners import Preconditioner, preconditioner_of, register
 from tests.cases import CASES, Case
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from safe_lr import SpectralDensity, eigenpairs, measure, spectral_density
 from safe_lr.closures import ClosureError
-from safe_lr.eigenproblem import MeasurementFailed
+from safe_lr.movers import MeasurementFailed
 from safe_lr.operators import Curvature, exact_hessian, fisher, gauss_newton, sampled_losses
 
 CLOSURES: dict[str, Callable[..., Any]] = {
