@@ -30,7 +30,7 @@ from torch.optim import (
 import safe_lr.preconditioners as models
 from safe_lr.ensemble import Ensemble
 from safe_lr.movers import movers
-from safe_lr.preconditioners import Preconditioner, preconditioner_of, register
+from safe_lr.preconditioners import Preconditioner, known, preconditioner_of, register
 from tests.cases import CASES, Case
 
 LOCAL = [
@@ -297,3 +297,9 @@ def test_momentum_that_never_forgets_has_no_settled_limit() -> None:
     optimizer.step()
     with pytest.raises(ValueError, match="momentum 1 never forgets"):
         preconditioner_of(optimizer).rule(optimizer.param_groups[0], optimizer.state[x])
+
+
+@pytest.mark.parametrize("name", sorted(known()))
+def test_every_docstring_names_its_class(name: str) -> None:
+    model = known()[name]
+    assert f"Class: {model.kind}." in (type(model).__doc__ or "")

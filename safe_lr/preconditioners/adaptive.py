@@ -13,7 +13,10 @@ from safe_lr.stability import UpdateRule, warm_decay
 
 
 class Adagrad(Preconditioner):
-    """Sum of squares, no momentum: P = sqrt(sum + g^2) + eps, lr shrunk by 1 / (1 + (t - 1) lr_decay)."""
+    """Sum of squares, no momentum: P = sqrt(sum + g^2) + eps, lr shrunk by 1 / (1 + (t - 1) lr_decay).
+
+    Class: exact.
+    """
 
     second_moments: ClassVar[tuple[str, ...]] = ("sum",)
 
@@ -38,6 +41,8 @@ class RMSprop(Preconditioner):
     """Running mean of squares: P = sqrt(v') + eps with v' = alpha v + (1 - alpha) g^2, centered: v' - mean(g)^2.
 
     With momentum, buf' = mu buf + g / P: heavy ball on the preconditioned gradient.
+
+    Class: exact.
     """
 
     second_moments: ClassVar[tuple[str, ...]] = ("square_avg",)
@@ -78,6 +83,8 @@ class Adadelta(Preconditioner):
     """Squares of gradients over squares of steps: P = sqrt(v' + eps) / sqrt(u + eps), u the mean square of past steps.
 
     Exact while the accumulators stand still.
+
+    Class: exact.
     """
 
     second_moments: ClassVar[tuple[str, ...]] = ("square_avg", "acc_delta")
@@ -105,6 +112,8 @@ class Adam(Preconditioner):
 
     The direction is the bias-corrected average of gradients, so the limit is 2 (1 + b1 - 2 b1^t) / (1 - b1) in lr *
     gamma: 2 at the first update, 2 (1 + b1) / (1 - b1) in the end.
+
+    Class: exact.
     """
 
     second_moments: ClassVar[tuple[str, ...]] = ("exp_avg_sq", "max_exp_avg_sq")
@@ -131,13 +140,19 @@ class Adam(Preconditioner):
 
 
 class AdamW(Adam):
-    """Adam with decoupled weight decay; current torch marks its groups so, older ones do not."""
+    """Adam with decoupled weight decay; current torch marks its groups so, older ones do not.
+
+    Class: exact.
+    """
 
     decoupled = True
 
 
 class Adamax(Adam):
-    """Adam with the infinity norm: P = max(b2 u, |g| + eps), which needs no bias correction."""
+    """Adam with the infinity norm: P = max(b2 u, |g| + eps), which needs no bias correction.
+
+    Class: exact.
+    """
 
     second_moments: ClassVar[tuple[str, ...]] = ("exp_inf",)
 
@@ -154,6 +169,8 @@ class NAdam(Adam):
 
     direction = (1 - mu_t) / (1 - M_t) g + mu_{t+1} / (1 - M_{t+1}) m',      M_t = mu_1 ... mu_t
     mu_t      = b1 (1 - .96^(t momentum_decay) / 2)
+
+    Class: exact.
     """
 
     def _weights(self, group: Group, state: State) -> tuple[float, float]:
@@ -178,6 +195,8 @@ class RAdam(Adam):
     """Rectified Adam: P = (sqrt(v') + eps) / (r_t sqrt(1 - b2^t)), r_t the rectification; 1 before it sets in.
 
     Exact past rectification (from the sixth update on at b2 = .999), while r_t stands still.
+
+    Class: exact.
     """
 
     def _gain(self, group: Group, state: State) -> float | None:
@@ -207,6 +226,8 @@ class SparseAdam(Adam):
     """Adam on the rows that a batch touches; the others stand still, their moments too. A zero row counts as untouched.
 
     P = (sqrt(v') + eps) / sqrt(1 - b2^t)
+
+    Class: exact.
     """
 
     def diagonal(self, group: Group, state: State, g: Tensor) -> Tensor:

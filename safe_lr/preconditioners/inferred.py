@@ -37,6 +37,8 @@ class FromUpdate(Preconditioner):
     Each parameter rehearses alone, which costs two copies of it and of its state at a time, and does not see what the
     optimizer couples across parameters (a norm over all).
 
+    Class: inferred.
+
     Args:
         optimizer: The optimizer; its class and attributes are used, nothing of it is touched.
     """

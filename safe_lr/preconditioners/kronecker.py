@@ -24,6 +24,8 @@ class SOAP(Preconditioner):
 
     Decay comes after the step, x' = (1 - lr wd) (x - lr u). The coming step has that; the limit leaves out the factor,
     which shrinks the step and so errs on the safe side. `merge_dims` is followed for channels first only.
+
+    Class: local scale.
     """
 
     kind = "local scale"
@@ -132,6 +134,8 @@ class Shampoo(Preconditioner):
     entry p the limit in lr * gamma is 2 (1 + mu / p) / (1 - mu), and the buffer grows by itself where mu > p. The rule
     takes 2 / (1 - mu), right for p >> mu and never too large where p > mu. lr enters as a factor; `fixed_decay`, which
     has no lr, shrinks the limit by 1 - wd / 2.
+
+    Class: local scale.
     """
 
     kind = "local scale"

@@ -19,6 +19,8 @@ class SGD(Preconditioner):
 
     The buffer is the sum W of its weights times a normalised average. Limits in lr * lambda once W has settled: 2
     without momentum, 2 (1 + mu) / (1 - dampening) heavy ball, 2 (1 + mu) / (1 + 2 mu) Nesterov.
+
+    Class: exact.
     """
 
     def diagonal(self, group: Group, state: State, g: Tensor) -> Tensor:
@@ -62,6 +64,8 @@ class ASGD(Preconditioner):
 
     eta is made at the end of each update for the next one, so a new lr acts one update late (from the first update on
     it acts at once). The average `ax` moves nothing.
+
+    Class: exact.
     """
 
     def diagonal(self, group: Group, state: State, g: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ class Adafactor(Preconditioner):
 
     V' is rank one for matrices. rms(x) and the limit on the update's size change with every step, so P is a local
     scale.
+
+    Class: local scale.
     """
 
     kind = "local scale"
@@ -74,6 +76,8 @@ class Muon(Preconditioner):
 
     as an operator on the shorter side of the matrix. The step does not shrink with the gradient, so near a minimum P
     goes to zero with it, no linear limit exists, and this one stands for the coming step alone.
+
+    Class: local scale.
 
     References:
         Jordan 2024, "Muon: An optimizer for hidden layers in neural networks".

@@ -93,7 +93,10 @@ class _ScheduleFree(Preconditioner):
 
 
 class SGDScheduleFree(_ScheduleFree):
-    """Schedule-free gradient descent: P = 1 (over the warm-up's factor), b = momentum, weight decay in the gradient."""
+    """Schedule-free gradient descent: P = 1 (over the warm-up's factor), b = momentum, weight decay in the gradient.
+
+    Class: local scale.
+    """
 
     def _inertia(self, group: Group) -> float:
         return float(group["momentum"])
@@ -110,6 +113,8 @@ class AdamWScheduleFree(_ScheduleFree):
 
     Weight decay acts where the gradient does, at y, and beside P: it adds to each preconditioned eigenvalue, so the
     limit is flip / (gamma + wd). Decoupled decay elsewhere lies beside the whole direction, hence its factor 2 / flip.
+
+    Class: local scale.
     """
 
     decoupled = True
@@ -154,6 +159,8 @@ class Prodigy(Preconditioner):
     lr is a factor of the step, but also of what d is estimated from (unless `safeguard_warmup`), so a cut changes how
     fast d grows. The package takes betas, d and the form of decay from the first group for all, refuses different lrs,
     and makes no step at all where every gradient so far was zero.
+
+    Class: local scale.
     """
 
     kind = "local scale"

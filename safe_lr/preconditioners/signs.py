@@ -15,6 +15,8 @@ class Lion(Preconditioner):
     On a quadratic it settles at about lr for every lr, so no lr is unstable and none is stable. The scheduler then
     takes, in the place of a limit, the largest lr at which the coming step does not raise the measured batch's loss.
 
+    Class: trial.
+
     References:
         Chen et al. 2023, "Symbolic discovery of optimization algorithms", arXiv 2302.06675.
     """
