@@ -24,7 +24,6 @@ class State:
     margin: float
     expected_cost: float  # of the next routine measurement
     updates: int = 0
-    young: bool | None = None  # whether the optimizer had no state before our first update
     cap: float | None = None
     measured_limit: float = math.nan  # `figures["lr_limit"]` follows it and c from one measurement to the next
     flips: list[float | None] = field(default_factory=list)  # each parameter's c at that measurement, None: no gradient

@@ -19,6 +19,10 @@ class Ensemble:
     Their limit is a joint one: with H = [[1, .95], [.95, 1]] each half alone is stable below 2, both together below
     1.03.
 
+    Attributes:
+        members: The optimizers.
+        counts: How many updates each has made, for those that keep no count of their own; None where not all were seen.
+
     Args:
         optimizers: An optimizer, or several that share no parameter.
         preconditioner: What they are: None for what is registered, "from-update" to infer P from the update of those
@@ -49,9 +53,25 @@ class Ensemble:
             raise ValueError("optimizer is an empty list: at least one is needed")
         self.members: list[Optimizer] = several
         self.models = [_model(optimizer, preconditioner) for optimizer in several]
+        self.counts: list[int | None] = [None] * len(several)
         owned = [id(p) for optimizer in several for group in optimizer.param_groups for p in group["params"]]
         if len(owned) != len(set(owned)):
             raise ValueError("a parameter belongs to two of the optimizers: who moves it must be one")
+
+    def coming(self, optimizer: Optimizer) -> int | None:
+        """Returns the number of a member's coming update, None where not all of them were counted."""
+        count = self.counts[self.members.index(optimizer)]
+        return None if count is None else count + 1
+
+    def count_from_now(self) -> None:
+        """Counts each member's updates from zero, where it has made none yet."""
+        self.counts = [None if any(member.state.values()) else 0 for member in self.members]
+
+    def count(self, optimizer: Optimizer) -> None:
+        """Counts an update of one member."""
+        index = self.members.index(optimizer)
+        count = self.counts[index]
+        self.counts[index] = None if count is None else count + 1
 
     @property
     def name(self) -> str:
@@ -77,11 +97,6 @@ class Ensemble:
                 yield optimizer, model, index, {**own, **group} if own else group
                 index += 1
 
-    @property
-    def fresh(self) -> bool:
-        """Whether none has made an update yet."""
-        return not any(any(optimizer.state.values()) for optimizer in self.members)
-
     def gradient_norm(self) -> float | None:
         """Returns the norm of all gradients, unscaled; None where there are none. One synchronisation a member."""
         norms = []
@@ -97,12 +112,8 @@ class Ensemble:
         """Returns for each parameter whether it has a gradient and so takes part in the coming update."""
         return [p.grad is not None for group in self.param_groups for p in group["params"]]
 
-    def flips(self, updates: int | None) -> list[float | None]:
-        """Returns the update rule's c at the coming step for each parameter, None for those without gradient.
-
-        Args:
-            updates: Number of the coming update as counted by the scheduler, None where nobody counted.
-        """
+    def flips(self) -> list[float | None]:
+        """Returns the update rule's c at the coming step for each parameter, None for those without gradient."""
         known: dict[tuple[int, int, int], float] = {}
         flips: list[float | None] = []
         for optimizer, model, index, group in self.owned():
@@ -110,7 +121,7 @@ class Ensemble:
                 state = optimizer.state.get(p, {})
                 key = index, len(state), int(state.get("step", 0))  # what a rule depends on
                 if p.grad is not None and key not in known:
-                    known[key] = model.rule(group, state, updates).flip
+                    known[key] = model.rule(group, state, self.coming(optimizer)).flip
                 flips.append(known[key] if p.grad is not None else None)
         return flips
 

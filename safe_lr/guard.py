@@ -138,7 +138,7 @@ class CoherenceGuard:
         self._observed: list[Closure] | None = None
         self._vectors: dict[str, Tensor] = {}
         self._warned: set[str] = set()
-        self._closed = False
+        self._closed = self._counting = False
         self._log = Broadcast(resolve(loggers, log_path), self._config)
         self._succeed()
         handles = around_updates(self.ensemble.members, self)
@@ -214,7 +214,12 @@ class CoherenceGuard:
 
         With `warm_start` it holds one parameter-sized vector for each eigenvalue in use.
         """
-        return {"state": self._state.state_dict(), "rates": self.rates.state_dict(), "vectors": dict(self._vectors)}
+        return {
+            "state": self._state.state_dict(),
+            "counts": list(self.ensemble.counts) if self._counting else [],
+            "rates": self.rates.state_dict(),
+            "vectors": dict(self._vectors),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores `state_dict()`; load the optimizer's too, in either order.
@@ -222,13 +227,15 @@ class CoherenceGuard:
         Raises:
             ValueError: The state is not a guard's, or has another number of parameter groups.
         """
-        missing = {"state", "rates", "vectors"} - set(state_dict)
+        missing = {"state", "counts", "rates", "vectors"} - set(state_dict)
         if missing:
             raise ValueError(
                 f"this is not a CoherenceGuard's state: {', '.join(sorted(missing))} missing"
                 + (". It is a CoherenceScheduler's: pass its ['guard']" if "guard" in state_dict else "")
             )
         self.rates.load_state_dict(state_dict["rates"])
+        if state_dict["counts"]:
+            self.ensemble.counts, self._counting = list(state_dict["counts"]), True
         self._controller.restore(State.from_state_dict(state_dict["state"]))
         self._vectors = dict(state_dict["vectors"])
 
@@ -262,8 +269,9 @@ class CoherenceGuard:
     def _act(self) -> None:
         state = self._state
         self.rates.read()
-        if state.young is None:
-            state.young = self.ensemble.fresh
+        if not self._counting:
+            self.ensemble.count_from_now()
+            self._counting = True
         if self.rates.drifted() and not state.retry:
             state.due_at = min(state.due_at, state.updates)
         size, moving = self.ensemble.gradient_norm(), self.ensemble.moving()
@@ -293,14 +301,9 @@ class CoherenceGuard:
     def _flips(self) -> list[float | None]:
         """Each parameter's c at the coming step; none where the optimizer's state cannot be read."""
         try:
-            return self.ensemble.flips(self._counted)
+            return self.ensemble.flips()
         except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError):
             return []  # the next measurement will say what is wrong with it
-
-    @property
-    def _counted(self) -> int | None:
-        """The number of the coming update, where we have seen all of them."""
-        return self._state.updates + 1 if self._state.young else None
 
     def apply(self) -> None:
         """Writes the applied lrs under the cap in force."""
@@ -316,6 +319,10 @@ class CoherenceGuard:
         """Before another optimizer of several takes its part in the update: applies the cap again."""
         self.rates.read()
         self.apply()
+
+    def stepped(self, optimizer: Optimizer) -> None:
+        """One optimizer has made its update."""
+        self.ensemble.count(optimizer)
 
     def pause(self) -> None:
         """After one optimizer of several: nobody else sees its capped lr."""
@@ -361,7 +368,7 @@ class CoherenceGuard:
             self._record(action, moved or f"{found.failure}; the cap {state.cap:.3g} stays", found, lr, lr)
 
     def _movers(self, shares: Sequence[float]) -> list[Mover]:
-        return movers(self.ensemble, shares, self._counted)
+        return movers(self.ensemble, shares)
 
     def _measured(self, closures: list[Closure], alarm: bool) -> Measurement:
         """Measures the coming step; whatever goes wrong becomes the measurement's `failure`."""

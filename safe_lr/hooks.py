@@ -19,6 +19,9 @@ class Guard(Protocol):
     def before(self) -> None:
         """The gradients of an update are there."""
 
+    def stepped(self, optimizer: Optimizer) -> None:
+        """One optimizer has taken its part."""
+
     def resume(self) -> None:
         """Another of several optimizers is about to take its part in the update."""
 
@@ -48,6 +51,7 @@ def around_updates(optimizers: Sequence[Optimizer], guard: Guard) -> list[Remova
         >>> import torch
         >>> class Watch:
         ...     def before(self): print("before")
+        ...     def stepped(self, optimizer): pass
         ...     def after(self, updated): print("after", updated)
         >>> watch, x = Watch(), torch.zeros(1, requires_grad=True)
         >>> optimizer = torch.optim.SGD([x])
@@ -111,6 +115,8 @@ class _Update:
         self.stepped.add(id(optimizer))
         self.updated = self.updated or not _dropped(optimizer)
         guard = self.guard()
+        if guard is not None and not _dropped(optimizer):
+            guard.stepped(optimizer)
         if len(self.stepped) == self.members:
             self.end()
         elif guard is not None:

@@ -50,7 +50,7 @@ def movers(ensemble: Ensemble, group_shares: Sequence[float], updates: int | Non
             model,
             group_shares[index],
             None if p.grad is None else unscaled(p.grad, optimizer),
-            updates,
+            ensemble.coming(optimizer) if updates is None else updates,
             index,
         )
         for optimizer, model, index, group in ensemble.owned()

@@ -957,6 +957,30 @@ def test_two_optimizers_of_different_kinds_share_one_scale() -> None:
     assert found.lr_limit == pytest.approx(2 / np.linalg.eigvalsh(d[:, None] * h * d).max(), rel=1e-3)
 
 
+def test_an_optimizer_that_steps_rarely_is_as_young_as_its_own_average() -> None:
+    """Along all eigenvectors, at margin 1, with momentum .99 in the one that steps every tenth time."""
+    often, rarely = (nn.Parameter(torch.full((30,), 1.0, dtype=torch.float64)) for _ in range(2))
+    lam = torch.linspace(0.01, 1, 30).double()
+    optimizers = [SGD([often], lr=1e3), SGD([rarely], lr=1e3, momentum=0.99)]
+    guard = CoherenceGuard(optimizers, margin=1.0, tol=1e-6, credit=1e9, max_overhead=1e3, loggers=None)
+
+    def loss() -> Tensor:
+        return (lam * often**2).sum() / 2 + (lam * rarely**2).sum() / 2
+
+    peak = 0.0
+    for step in range(800):
+        guard._state.due_at = 0  # the limit of each coming step
+        loss().backward()
+        guard.observe(loss)
+        optimizers[0].step()
+        if step % 10 == 9:
+            optimizers[1].step()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        peak = max(peak, float(rarely.detach().abs().max()))
+    assert peak <= 4.0
+
+
 def test_an_optimizer_that_steps_more_often_begins_a_new_update() -> None:
     params, optimizers, guard, loss = _coupled(SGD, SGD, margin=0.5)
     for _ in range(6):
