@@ -55,6 +55,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from benchmarks.networks import TASKS, Point
+from benchmarks.results import save
 from safe_lr.closures import leave_no_trace
 from safe_lr.ensemble import Ensemble
 from safe_lr.lanczos import lanczos, start_vector
@@ -673,9 +674,7 @@ def main() -> None:
         return
     result = collect(args.quick)
     print(table(result))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    save(result, args.json)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from benchmarks.results import save
+
 DEMO = Path(__file__).parent.parent / "examples" / "demo.py"
 
 
@@ -86,9 +88,7 @@ def main() -> None:
     args = parser.parse_args()
     result = collect(args.seeds[:1] if args.quick else args.seeds, args.source, args.quick)
     print(table(result))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    save(result, args.json)
 
 
 if __name__ == "__main__":

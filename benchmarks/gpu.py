@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import json
 import statistics
 import time
 import warnings
@@ -30,6 +29,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from tqdm import tqdm
 
 from benchmarks.networks import GPT, Batch, windows
+from benchmarks.results import save
 from safe_lr import CoherenceScheduler
 from safe_lr.ensemble import Ensemble
 from safe_lr.measurement import Measurement, Settings, measure_step
@@ -277,9 +277,7 @@ def main() -> None:
     shape = QUICK if args.quick else Shape(batch=args.batch, steps=args.steps)
     result = collect(shape, device)
     print(table(result))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    save(result, args.json)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 from collections.abc import Sequence
@@ -46,6 +45,7 @@ from tqdm import tqdm
 
 import safe_lr
 from benchmarks.quadratics import EXACT, TINY, Options, Quadratic, SetUp, first_unstable_lr, freeze, random_hessian
+from benchmarks.results import save
 from safe_lr.ensemble import Ensemble
 from safe_lr.movers import movers, shares
 
@@ -359,9 +359,7 @@ def main() -> None:
     torch.set_num_threads(1)
     result = collect(args.quick)
     print(table(result))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    save(result, args.json)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,11 @@ NO_CLOSURE = (
 SCALED = 100.0
 """From this ratio of the training gradient to the closure's own on, a GradScaler has not unscaled all of it."""
 
+UNSCALE = (
+    "those of the closure: under a GradScaler call scaler.unscale_(optimizer) for every optimizer before the first "
+    "one's scaler.step()"
+)
+
 HISTORY = 10_000
 """Decisions kept in memory."""
 
@@ -398,10 +403,8 @@ class CoherenceGuard:
             if "inferred" in self.ensemble.kinds:
                 found = replace(found, inferred=True)
             if len(self.ensemble.members) > 1 and (found.gradient_ratio or 0.0) > SCALED:
-                raise MeasurementFailed(
-                    f"the gradients are {found.gradient_ratio:.3g} times those of the closure: under a GradScaler call "
-                    "scaler.unscale_(optimizer) for every optimizer before the first one's scaler.step()"
-                )
+                found = replace(found, failure=f"the gradients are {found.gradient_ratio:.3g} times {UNSCALE}")
+                self._warn_once("scaled", f"safe_lr could not measure: {found.failure}.")
             if found.failure is not None and self._on_failure == "raise":
                 raise MeasurementFailed(found.failure, found.num_matvecs)
         except Exception as error:  # noqa: BLE001 (raised again or recorded)
