@@ -19,24 +19,13 @@ from safe_lr.accounts import State
 from safe_lr.closures import Closure
 from safe_lr.controller import Controller
 from safe_lr.decisions import Action, Decision, Summary
-from safe_lr.eigenproblem import MIN_MATVECS
 from safe_lr.ensemble import Ensemble
 from safe_lr.hooks import around_updates, warn_user
+from safe_lr.instrument import UNSCALED, Instrument
 from safe_lr.loggers import Logger, is_stop_request, resolve
 from safe_lr.loggers.broadcast import Broadcast
-from safe_lr.measurement import (
-    COST_OF_GRAPH,
-    COST_OF_LEAN_PRODUCT,
-    COST_OF_LOSS,
-    COST_OF_PRODUCT,
-    Measurement,
-    Settings,
-    measure,
-    measure_step,
-    search_step,
-    try_step,
-)
-from safe_lr.movers import MeasurementFailed, Mover, movers
+from safe_lr.measurement import COST_OF_GRAPH, Measurement, Settings, measure
+from safe_lr.movers import MeasurementFailed
 from safe_lr.neighbours import Neighbours
 from safe_lr.objective import Closures, as_list
 from safe_lr.policies import Policy
@@ -46,14 +35,6 @@ from safe_lr.rates import Rates
 NO_CLOSURE = (
     "safe_lr was given no closure for this update: call observe(lambda: criterion(model(x), y)) on the scheduler or "
     "guard between backward() and optimizer.step(). Training goes on; no new limit can be measured."
-)
-
-SCALED = 100.0
-"""From this ratio of the training gradient to the closure's own on, a GradScaler has not unscaled all of it."""
-
-UNSCALE = (
-    "those of the closure: under a GradScaler call scaler.unscale_(optimizer) for every optimizer before the first "
-    "one's scaler.step()"
 )
 
 HISTORY = 10_000
@@ -137,11 +118,11 @@ class CoherenceGuard:
         self.rates = Rates(self.ensemble)
         self.history: deque[Decision] = deque(maxlen=HISTORY)
         self.last_measurement: Measurement | None = None
-        self._warm_start, self._lambda_every, self._on_failure, self._seed = warm_start, lambda_every, on_failure, seed
+        self._instrument = Instrument(self.ensemble, self.settings, lambda_every, warm_start=warm_start, seed=seed)
+        self._on_failure, self._seed = on_failure, seed
         self.restore = restore
         self._preconditioner = preconditioner
         self._observed: list[Closure] | None = None
-        self._vectors: dict[str, Tensor] = {}
         self._warned: set[str] = set()
         self._closed = self._counting = False
         self._log = Broadcast(resolve(loggers, log_path), self._config)
@@ -223,7 +204,7 @@ class CoherenceGuard:
             "state": self._state.state_dict(),
             "counts": list(self.ensemble.counts) if self._counting else [],
             "rates": self.rates.state_dict(),
-            "vectors": dict(self._vectors),
+            "vectors": dict(self._instrument.vectors),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -242,7 +223,7 @@ class CoherenceGuard:
         if state_dict["counts"]:
             self.ensemble.counts, self._counting = list(state_dict["counts"]), True
         self._controller.restore(State.from_state_dict(state_dict["state"]))
-        self._vectors = dict(state_dict["vectors"])
+        self._instrument.vectors = dict(state_dict["vectors"])
 
     def close(self) -> None:
         """Detaches from the optimizer, gives it back its desired lr, and closes the loggers. Safe to call twice."""
@@ -282,13 +263,15 @@ class CoherenceGuard:
         size, moving = self.ensemble.gradient_norm(), self.ensemble.moving()
         if size is None:
             return  # no gradients: nothing moves
-        if not state.retry and any(now and not then for now, then in zip(moving, state.moving, strict=False)):
+        woken = any(now and not then for now, then in zip(moving, state.moving, strict=False))
+        if woken and not state.retry:
             state.due_at = min(state.due_at, state.updates)  # the limit did not count these
         usual, alarm = state.trend, state.trend.alarming(size)
         state.trend = usual.after(size)
         if self._controller.due(alarm=alarm):
             closure = self._probe or self._observed
-            if closure is not None and self._products(closure, alarm) >= self.settings.least_matvecs:
+            budget = self._controller.affordable(alarm=alarm)
+            if closure is not None and self._instrument.can_measure(closure, state, budget):
                 jump = f"the gradient norm is {size:.3g}, usual is {math.exp(usual.mean):.3g}" if alarm else None
                 self._decide(self._measured(closure, alarm), jump)
                 return
@@ -359,7 +342,7 @@ class CoherenceGuard:
         state, limit, lr_ref = self._state, self._state.figures["lr_limit"], self.rates.lr_ref
         try:
             lr = self._controller.planned(limit, lr_ref) / self.policy.trial_slack
-            found = try_step(self._movers(self.rates.present_shares()), closures, lr, self.settings.curvature)
+            found = self._instrument.try_step(closures, self.rates.present_shares(), lr)
         except Exception as error:  # noqa: BLE001 (raised again or recorded)
             found = self._excused(error)
         state.count(found)
@@ -372,38 +355,21 @@ class CoherenceGuard:
             lr = self.rates.applied[self.rates.reference]
             self._record(action, moved or f"{found.failure}; the cap {state.cap:.3g} stays", found, lr, lr)
 
-    def _movers(self, shares: Sequence[float]) -> list[Mover]:
-        return movers(self.ensemble, shares)
-
     def _measured(self, closures: list[Closure], alarm: bool) -> Measurement:
         """Measures the coming step; whatever goes wrong becomes the measurement's `failure`."""
-        state, control = self._state, self._controller
-        check = not state.checked and control.affordable(alarm=alarm) >= self.settings.least_cost + COST_OF_LOSS
-        products = self._products(closures, alarm, also=COST_OF_LOSS * check)
+        state, control, lr_ref = self._state, self._controller, self.rates.lr_ref
         shares = self.rates.present_shares()
         try:
-            moving = self._movers(shares)
-            if self._probe is not None and "trial" not in self.ensemble.kinds:
-                for mover in moving:
-                    mover.grad = None  # P is that of a step taken on the probe
-            if "trial" in self.ensemble.kinds:
-                start = state.figures.get("lr_limit", self.rates.lr_ref / self.policy.trial_slack)
-                found = search_step(moving, closures, start, self.settings.curvature)
-            else:
-                found = measure_step(
-                    moving,
-                    self._watched(closures),
-                    self._settings_now(products),
-                    seed=self._seed + state.measurements,
-                    also=("lemma1",) if (state.measurements + 1) % self._lambda_every == 0 else (),
-                    warm=self._vectors if self._warm_start else None,
-                    try_lr=lambda found: control.lr_to_try(found.lr_limit, self.rates.lr_ref),
-                    check=check,
-                )
-            if "inferred" in self.ensemble.kinds:
-                found = replace(found, inferred=True)
-            if len(self.ensemble.members) > 1 and (found.gradient_ratio or 0.0) > SCALED:
-                found = replace(found, failure=f"the gradients are {found.gradient_ratio:.3g} times {UNSCALE}")
+            found = self._instrument.measure(
+                self._watched(closures),
+                shares,
+                state,
+                budget=control.affordable(alarm=alarm),
+                fixed=self._probe is not None,
+                search_from=lr_ref / self.policy.trial_slack,
+                try_lr=lambda found: control.lr_to_try(found.lr_limit, lr_ref),
+            )
+            if found.note == UNSCALED:
                 self._warn_once("scaled", f"safe_lr could not measure: {found.failure}.")
             if found.failure is not None and self._on_failure == "raise":
                 raise MeasurementFailed(found.failure, found.num_matvecs)
@@ -411,7 +377,7 @@ class CoherenceGuard:
             found = self._excused(error)
         if found.failure is None:
             self.rates.shares = shares
-            state.hvp, state.checked = found.hvp, state.checked or check
+            state.hvp = found.hvp
         state.measurements += 1
         state.count(found)
         self.last_measurement = replace(found, vectors={})
@@ -422,19 +388,6 @@ class CoherenceGuard:
                 "limit can be half of each: give both optimizers to one CoherenceGuard([a, b]).",
             )
         return found
-
-    def _products(self, closures: list[Closure], alarm: bool, also: float = 0.0) -> int:
-        """How many products the budget has room for, beside the gradient, a trial step and `also`."""
-        lean = len(closures) > 1 or "lean" in (self.settings.hvp, self._state.hvp)
-        room = self._controller.affordable(alarm=alarm) - COST_OF_GRAPH - COST_OF_LOSS - also
-        return int(min(room / (COST_OF_LEAN_PRODUCT if lean else COST_OF_PRODUCT), self.settings.max_matvecs))
-
-    def _settings_now(self, products: int) -> Settings:
-        """The settings, with what the budget allows, and with the way of making products that worked last time."""
-        hvp = self.settings.hvp
-        if hvp == "auto" and self._state.hvp == "finite-difference":
-            hvp = self._state.hvp  # the other ways were tried, and cost a graph each
-        return replace(self.settings, hvp=hvp, max_matvecs=max(MIN_MATVECS, products))
 
     def _watched(self, closures: list[Closure]) -> list[Closure]:
         """The closures, seen by the neighbours, if there are any."""
@@ -468,7 +421,7 @@ class CoherenceGuard:
         state, group = self._state, self.rates.reference
         before = self.rates.applied[group]
         if found.failure is None:
-            self._vectors = found.vectors if self._warm_start else {}
+            self._instrument.keep(found)
             state.flips, state.moving = self._flips(), self.ensemble.moving()
         _, moved = self._controller.settle(found, lr_ref=self.rates.lr_ref, jump=jump)
         self.apply()

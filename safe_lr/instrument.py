@@ -1,0 +1,126 @@
+"""What measures the coming step, again and again, within a budget: settings, start vectors, the way that worked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from safe_lr.accounts import State
+from safe_lr.closures import Closure
+from safe_lr.eigenproblem import MIN_MATVECS
+from safe_lr.ensemble import Ensemble
+from safe_lr.measurement import (
+    COST_OF_GRAPH,
+    COST_OF_LEAN_PRODUCT,
+    COST_OF_LOSS,
+    COST_OF_PRODUCT,
+    Measurement,
+    Settings,
+    measure_step,
+)
+from safe_lr.movers import Mover, movers
+from safe_lr.trials import search_step, try_step
+
+SCALED = 100.0
+"""From this ratio of the training gradient to the closure's own on, a GradScaler has not unscaled all of it."""
+
+UNSCALED = "under a GradScaler call scaler.unscale_(optimizer) for every optimizer before the first one's scaler.step()"
+
+
+class Instrument:
+    """Measures the coming step of some optimizers.
+
+    Args:
+        ensemble: The optimizers.
+        settings: What and how.
+        lambda_every: Every how many measurements lambda_max itself is solved for.
+        warm_start: Whether to start from the last eigenvectors.
+        seed: Of the start vectors.
+
+    Attributes:
+        vectors: The last eigenvectors by name, for a warm start.
+    """
+
+    def __init__(
+        self, ensemble: Ensemble, settings: Settings, lambda_every: int, *, warm_start: bool, seed: int
+    ) -> None:
+        self.ensemble, self.settings, self.lambda_every = ensemble, settings, lambda_every
+        self.warm_start, self.seed = warm_start, seed
+        self.vectors: dict[str, Tensor] = {}
+
+    def can_measure(self, closures: Sequence[Closure], state: State, budget: float) -> bool:
+        """Whether the budget has room for the fewest products that tell anything."""
+        return self._products(closures, state, budget) >= self.settings.least_matvecs
+
+    def measure(
+        self,
+        closures: list[Closure],
+        shares: Sequence[float],
+        state: State,
+        *,
+        budget: float,
+        fixed: bool,
+        search_from: float,
+        try_lr: Callable[[Measurement], float | None],
+    ) -> Measurement:
+        """Measures the coming step; for optimizers without a limit, searches for the largest lr that lowers the loss.
+
+        Args:
+            closures: Whose mean loss.
+            shares: Each group's lr in units of lr_ref.
+            state: What the run remembers; whether the closure was checked is noted there.
+            budget: Gradient evaluations to spend at most.
+            fixed: Whether the closures are a probe: P is then that of a step taken on them.
+            search_from: The lr to begin a search with.
+            try_lr: Given the measurement, the lr to try on the batch, or None.
+        """
+        moving = self._movers(shares)
+        if "trial" in self.ensemble.kinds:
+            start = state.figures.get("lr_limit", search_from)
+            return search_step(moving, closures, start, self.settings.curvature)
+        if fixed:
+            for mover in moving:
+                mover.grad = None
+        check = not state.checked and budget >= self.settings.least_cost + COST_OF_LOSS
+        products = self._products(closures, state, budget - COST_OF_LOSS * check)
+        found = measure_step(
+            moving,
+            closures,
+            self._settings_now(products, state),
+            seed=self.seed + state.measurements,
+            also=("lemma1",) if (state.measurements + 1) % self.lambda_every == 0 else (),
+            warm=self.vectors if self.warm_start else None,
+            try_lr=try_lr,
+            check=check,
+        )
+        if len(self.ensemble.members) > 1 and (found.gradient_ratio or 0.0) > SCALED:
+            ratio = f"the gradients are {found.gradient_ratio:.3g} times those of the closure"
+            found = replace(found, failure=f"{ratio}: {UNSCALED}", note=UNSCALED)
+        state.checked = state.checked or (check and found.failure is None)
+        return replace(found, inferred="inferred" in self.ensemble.kinds)
+
+    def try_step(self, closures: list[Closure], shares: Sequence[float], lr: float) -> Measurement:
+        """Tries the coming step at lr, without any curvature."""
+        return try_step(self._movers(shares), closures, lr, self.settings.curvature)
+
+    def keep(self, found: Measurement) -> None:
+        """Keeps a measurement's eigenvectors for the next one."""
+        self.vectors = found.vectors if self.warm_start else {}
+
+    def _movers(self, shares: Sequence[float]) -> list[Mover]:
+        return movers(self.ensemble, shares)
+
+    def _products(self, closures: Sequence[Closure], state: State, budget: float) -> int:
+        """How many products the budget has room for, beside the gradient and a trial step."""
+        lean = len(closures) > 1 or "lean" in (self.settings.hvp, state.hvp)
+        room = budget - COST_OF_GRAPH - COST_OF_LOSS
+        return int(min(room / (COST_OF_LEAN_PRODUCT if lean else COST_OF_PRODUCT), self.settings.max_matvecs))
+
+    def _settings_now(self, products: int, state: State) -> Settings:
+        """The settings, with what the budget allows, and with the way of making products that worked last time."""
+        hvp = self.settings.hvp
+        if hvp == "auto" and state.hvp == "finite-difference":
+            hvp = state.hvp  # the other ways were tried, and cost a graph each
+        return replace(self.settings, hvp=hvp, max_matvecs=max(MIN_MATVECS, products))
