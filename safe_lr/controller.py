@@ -82,13 +82,19 @@ class Controller:
             growth = learned_growth(growth, updates=state.updates, stalled=state.stalled)
         return next_cap(state.cap, state.margin * lr_limit, growth, free=free)
 
-    def planned(self, lr_limit: float, lr_ref: float) -> float:
-        """Returns the lr of the coming step under the present margin, in units of lr_ref."""
-        return min(lr_ref, self.cap_under(lr_limit))
+    def planned(self, lr_limit: float, lr_ref: float, shape: float = 1.0) -> float:
+        """Returns the lr of the coming step under the present margin, in units of lr_ref.
 
-    def lr_to_try(self, lr_limit: float, lr_ref: float) -> float | None:
+        Args:
+            lr_limit: The limit.
+            lr_ref: The lr that is wanted; infinite where lr follows the cap.
+            shape: The part of the cap that the schedule then lets through.
+        """
+        return min(lr_ref, shape * self.cap_under(lr_limit))
+
+    def lr_to_try(self, lr_limit: float, lr_ref: float, shape: float = 1.0) -> float | None:
         """Returns the lengthened lr to try on the batch, None where there is nothing to learn."""
-        planned = self.planned(lr_limit, lr_ref)
+        planned = self.planned(lr_limit, lr_ref, shape)
         return planned / self.policy.trial_slack if self.policy.learns and planned > 0 else None
 
     def follow(self, flips: list[float | None]) -> None:
@@ -110,13 +116,16 @@ class Controller:
 
     # ---- what follows
 
-    def settle(self, found: Measurement, *, lr_ref: float, jump: str | None) -> tuple[bool, str | None]:
+    def settle(
+        self, found: Measurement, *, lr_ref: float, jump: str | None, shape: float = 1.0
+    ) -> tuple[bool, str | None]:
         """Takes a measurement in: moves margin, cap and the time of the next one.
 
         Args:
             found: The measurement. One that failed moves nothing but that time.
-            lr_ref: The largest desired lr.
+            lr_ref: The lr that is wanted.
             jump: What looked wrong, if anything did.
+            shape: See `planned`.
 
         Returns:
             Whether the trial step failed, and what moved the margin, if it moved.
@@ -127,7 +136,7 @@ class Controller:
             state.due_at = state.updates + state.retry
         else:
             state.expected_cost = max(self.least_cost, found.cost)
-            failed, moved = self._learn(found, lr_ref, jump)
+            failed, moved = self._learn(found, lr_ref, jump, shape)
             state.cap = self.cap_under(found.lr_limit)
             state.keep(found)
             state.gap = next_gap(state.gap, alarm=jump is not None, trial_failed=failed)
@@ -135,16 +144,16 @@ class Controller:
         state.trial_at = state.updates + state.trial_gap
         return failed, moved
 
-    def settle_trial(self, tried: Measurement, lr_ref: float) -> str | None:
+    def settle_trial(self, tried: Measurement, lr_ref: float, shape: float = 1.0) -> str | None:
         """Takes a trial step in: moves the margin; returns what moved it."""
         state = self.state
-        failed, moved = self._learn(tried, lr_ref, None)
+        failed, moved = self._learn(tried, lr_ref, None, shape)
         state.trial_gap = next_trial_gap(state.trial_gap, failed=failed, max_overhead=self.policy.max_overhead)
         state.trial_at = state.updates + state.trial_gap
         state.cap = self.cap_under(tried.lr_limit)
         return moved
 
-    def _learn(self, found: Measurement, lr_ref: float, jump: str | None) -> tuple[bool, str | None]:
+    def _learn(self, found: Measurement, lr_ref: float, jump: str | None, shape: float) -> tuple[bool, str | None]:
         failed = found.trial_failed
         if failed is None:
             return False, None
@@ -152,7 +161,7 @@ class Controller:
         old = self.state.margin
         self.state.margin = learned_margin(
             old,
-            planned=self.planned(found.lr_limit, lr_ref),
+            planned=self.planned(found.lr_limit, lr_ref, shape),
             desired=lr_ref,
             lr_limit=found.lr_limit,
             trial_failed=failed,

@@ -98,6 +98,7 @@ class CoherenceGuard:
         loggers: str | Logger | Sequence[Logger] | None = "auto",
         log_path: str | Path | None = None,
         seed: int = 0,
+        follow_limit: bool = False,
         restore: bool = True,
     ) -> None:
         self.ensemble = Ensemble(optimizer, preconditioner)
@@ -113,9 +114,9 @@ class CoherenceGuard:
             raise ValueError("no parameter of the optimizer requires grad: nothing can be measured or capped")
         self.optimizer = self.ensemble.members[0]
         self.settings = Settings(bound, curvature, hvp, tol, max_matvecs, max_basis, cautious=True)
-        self.policy = Policy(margin, margin_max, trial_slack, growth, max_overhead, credit)
+        self.policy = Policy(margin, margin_max, trial_slack, growth, max_overhead, credit, follow_limit)
         self._controller = Controller(self.policy, self.settings.least_cost)
-        self.rates = Rates(self.ensemble)
+        self.rates = Rates(self.ensemble, follow=follow_limit)
         self.history: deque[Decision] = deque(maxlen=HISTORY)
         self.last_measurement: Measurement | None = None
         self._instrument = Instrument(self.ensemble, self.settings, lambda_every, warm_start=warm_start, seed=seed)
@@ -280,7 +281,7 @@ class CoherenceGuard:
         if state.cap is not None:
             if state.following and self.settings.bound == "momentum":
                 self._controller.follow(self._flips())
-            if self._observed is not None and self._probe is None and self._controller.trial_due(self.rates.lr_ref):
+            if self._observed is not None and self._probe is None and self._controller.trial_due(self.rates.wanted):
                 self._try(self._observed)
                 return
             state.cap = self._controller.cap_under(state.figures["lr_limit"])
@@ -339,16 +340,16 @@ class CoherenceGuard:
 
     def _try(self, closures: list[Closure]) -> None:
         """Between measurements, while the cap binds: lets a trial step alone move the learned margin."""
-        state, limit, lr_ref = self._state, self._state.figures["lr_limit"], self.rates.lr_ref
+        state, limit, lr_ref, shape = self._state, self._state.figures["lr_limit"], self.rates.wanted, self.rates.shape
         try:
-            lr = self._controller.planned(limit, lr_ref) / self.policy.trial_slack
+            lr = self._controller.planned(limit, lr_ref, shape) / self.policy.trial_slack
             found = self._instrument.try_step(closures, self.rates.present_shares(), lr)
         except Exception as error:  # noqa: BLE001 (raised again or recorded)
             found = self._excused(error)
         state.count(found)
         state.trial_cost += found.cost
         found = replace(found, lr_limit=limit)
-        moved = self._controller.settle_trial(found, lr_ref)
+        moved = self._controller.settle_trial(found, lr_ref, shape)
         self.apply()
         if moved is not None or found.failure is not None:
             action: Action = "margin" if moved is not None else "hold"
@@ -357,7 +358,7 @@ class CoherenceGuard:
 
     def _measured(self, closures: list[Closure], alarm: bool) -> Measurement:
         """Measures the coming step; whatever goes wrong becomes the measurement's `failure`."""
-        state, control, lr_ref = self._state, self._controller, self.rates.lr_ref
+        state, control, lr_ref, shape = self._state, self._controller, self.rates.wanted, self.rates.shape
         shares = self.rates.present_shares()
         try:
             found = self._instrument.measure(
@@ -366,8 +367,8 @@ class CoherenceGuard:
                 state,
                 budget=control.affordable(alarm=alarm),
                 fixed=self._probe is not None,
-                search_from=lr_ref / self.policy.trial_slack,
-                try_lr=lambda found: control.lr_to_try(found.lr_limit, lr_ref),
+                search_from=self.rates.lr_ref / self.policy.trial_slack,
+                try_lr=lambda found: control.lr_to_try(found.lr_limit, lr_ref, shape),
             )
             if found.note == UNSCALED:
                 self._warn_once("scaled", f"safe_lr could not measure: {found.failure}.")
@@ -423,7 +424,7 @@ class CoherenceGuard:
         if found.failure is None:
             self._instrument.keep(found)
             state.flips, state.moving = self._flips(), self.ensemble.moving()
-        _, moved = self._controller.settle(found, lr_ref=self.rates.lr_ref, jump=jump)
+        _, moved = self._controller.settle(found, lr_ref=self.rates.wanted, jump=jump, shape=self.rates.shape)
         self.apply()
         after = self.rates.applied[group]
         if found.failure is None:
@@ -434,7 +435,7 @@ class CoherenceGuard:
 
     def _record(self, action: Action, reason: str, found: Measurement, before: float, after: float) -> None:
         group = self.rates.reference
-        desired, betas = self.rates.desired[group], decays(self.ensemble.param_groups[group])
+        desired, betas = self.rates.asked[group], decays(self.ensemble.param_groups[group])
         decision = self._state.decision(action, reason, found, group, (desired, before, after), betas)
         self.history.append(decision)
         if self._log:
@@ -453,7 +454,7 @@ class CoherenceGuard:
     def _row(self) -> dict[str, Any]:
         group = self.rates.reference
         betas = decays(self.ensemble.param_groups[group])
-        return self._state.row(self.rates.applied, self.rates.desired, group, betas, capped=self.rates.capped)
+        return self._state.row(self.rates.applied, self.rates.asked, group, betas, capped=self.rates.capped)
 
     def _warn_once(self, key: str, message: str) -> None:
         if key not in self._warned:

@@ -76,6 +76,7 @@ class Policy:
         growth: Largest factor by which the cap rises in one update; at least 1.
         max_overhead: Gradient evaluations spent on measuring per update, in the long run.
         credit: Gradient evaluations that may be spent on top of that.
+        follow_limit: Whether lr is the cap itself, whatever lr the optimizer was given.
 
     Raises:
         TypeError: Not a number.
@@ -88,6 +89,7 @@ class Policy:
     growth: float = 1.02
     max_overhead: float = 0.05
     credit: float = 60.0
+    follow_limit: bool = False
 
     def __post_init__(self) -> None:
         if self.margin != "auto" and not (
@@ -97,6 +99,8 @@ class Policy:
                 f'margin must be a number in (0, 1], the fraction of the stability limit to use, or "auto"; '
                 f"got {self.margin!r}"
             )
+        if not isinstance(self.follow_limit, bool):
+            raise TypeError(f"follow_limit must be True or False, got {self.follow_limit!r}")
         for name in ("margin_max", "trial_slack", "growth", "max_overhead", "credit"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -25,6 +25,7 @@ class Rates:
 
     Args:
         optimizer: Whatever has `param_groups`, an optimizer or an `Ensemble`. Groups may be added later.
+        follow: Whether lr is the cap itself, times `shape`, instead of at most the cap.
 
     Attributes:
         desired: The lr of each group that the schedule, or the user, asks for.
@@ -46,8 +47,8 @@ class Rates:
         1.0
     """
 
-    def __init__(self, optimizer: Optimizer | Ensemble) -> None:
-        self.optimizer = optimizer
+    def __init__(self, optimizer: Optimizer | Ensemble, *, follow: bool = False) -> None:
+        self.optimizer, self.follow = optimizer, follow
         self.desired = self.applied
         self.shares: list[float] = []
         self._written: list[float | None] = [None] * len(self.desired)
@@ -63,14 +64,36 @@ class Rates:
         return max(self.desired)
 
     @property
+    def wanted(self) -> float:
+        """The lr_ref to aim at: `lr_ref`, or as much as is safe."""
+        return math.inf if self.follow else self.lr_ref
+
+    @property
+    def shape(self) -> float:
+        """Where lr follows the cap, what part of it the schedule lets through: its lr in units of its largest one.
+
+        That is `max_lr` where a group has it (OneCycleLR), else `initial_lr`; the part is at most 1.
+        """
+        groups = self.optimizer.param_groups
+        top = max(float(group.get("max_lr", group.get("initial_lr", group["lr"]))) for group in groups)
+        return min(1.0, self.lr_ref / top) if self.follow and top > 0 else 1.0
+
+    @property
+    def asked(self) -> list[float]:
+        """The desired lr of each group; where lr follows the cap there is none, and this is the applied one."""
+        return self.applied if self.follow else self.desired
+
+    @property
     def applied(self) -> list[float]:
         """The lr that each group holds now."""
         return [_number(index, group["lr"]) for index, group in enumerate(self.optimizer.param_groups)]
 
     @property
     def capped(self) -> bool:
-        """Whether some group holds an lr below its desired one."""
-        return any(w is not None and w < d for w, d in zip(self._written, self.desired, strict=True))
+        """Whether some group holds an lr below its desired one; never where lr follows the cap."""
+        return not self.follow and any(
+            w is not None and w < d for w, d in zip(self._written, self.desired, strict=True)
+        )
 
     def present(self) -> list[float]:
         """Returns the desired lrs as they stand now: someone else's write wins, what we wrote does not count."""
@@ -118,7 +141,7 @@ class Rates:
         """Writes `capped_at(cap)`; writes nothing where the cap does not bind."""
         scale = self._scale(cap)
         for index, group in enumerate(self.optimizer.param_groups):
-            if scale < 1:
+            if scale != 1:
                 _write(group, self.desired[index] * scale)
                 self._written[index] = float(group["lr"])
             elif self._written[index] is not None:
@@ -127,7 +150,10 @@ class Rates:
 
     def _scale(self, cap: float | None) -> float:
         known = [(lr, share) for lr, share in zip(self.desired, self.shares, strict=False) if lr > 0 and share > 0]
-        return 1.0 if cap is None or not known else min(1.0, *(cap * share / lr for lr, share in known))
+        if cap is None or not known:
+            return 1.0
+        scale = min(cap * share / lr for lr, share in known)
+        return self.shape * scale if self.follow else min(1.0, scale)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns plain lists of numbers."""

@@ -69,6 +69,9 @@ class CoherenceScheduler(LRScheduler):
         credit: ... beside this many, spent early and on alarms. Counts, not clocks: runs repeat bit for bit. A quarter
             is kept for alarms; below about 11 (18 under `lemma1`) the first updates go unmeasured.
         lambda_every: Every how many measurements lambda_max itself is solved for (gamma always is).
+        follow_limit: No lr to choose: lr is the cap itself, and a schedule only shapes it (its lr in units of its
+            largest one is the part of the cap to use). The optimizer's own lr then sets the groups' ratios, and is what
+            is used while nothing could be measured.
         preconditioner: None for what is registered, "from-update" to infer P from the update of an optimizer that is
             not, or a `Preconditioner`.
         on_failure: `hold` the last cap and record why, or `raise`.
@@ -122,6 +125,7 @@ class CoherenceScheduler(LRScheduler):
         max_overhead: float = 0.05,
         credit: float = 60.0,
         lambda_every: int = 4,
+        follow_limit: bool = False,
         preconditioner: str | Preconditioner | None = None,
         on_failure: str = "hold",
         loggers: str | Logger | Sequence[Logger] | None = "auto",
@@ -151,6 +155,7 @@ class CoherenceScheduler(LRScheduler):
             max_overhead=max_overhead,
             credit=credit,
             lambda_every=lambda_every,
+            follow_limit=follow_limit,
             preconditioner=preconditioner,
             on_failure=on_failure,
             loggers=loggers,
@@ -242,8 +247,9 @@ class CoherenceScheduler(LRScheduler):
         return [lr.clone() if isinstance(lr := group["lr"], Tensor) else lr for group in self.optimizer.param_groups]
 
     def get_desired_lr(self) -> list[float]:
-        """Returns the lr of each group that the schedule asks for."""
-        return self._guard.rates.present()
+        """Returns the lr of each group that the schedule asks for; under `follow_limit` the applied one."""
+        rates = self._guard.rates
+        return rates.applied if rates.follow else rates.present()
 
     def get_lr(self) -> list[float | Tensor]:
         """Returns the schedule's own next lr; torch's schedulers call it, users want `get_last_lr`."""

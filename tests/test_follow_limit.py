@@ -1,0 +1,113 @@
+"""follow_limit=True: no lr to choose."""
+
+import json
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
+
+from safe_lr import CoherenceGuard, CoherenceScheduler
+
+
+def quadratic(lr, schedule=None, *, steps=40, groups=False, **options):
+    """Returns the scheduler and its lrs at each update, on a loss with H = diag(4, 1): the limit of GD is .5."""
+    x, y = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
+    params = [{"params": [x], "lr": lr}, {"params": [y], "lr": lr / 10}] if groups else [x, y]
+    optimizer = torch.optim.SGD(params, lr=lr)
+    scheduler = CoherenceScheduler(optimizer, schedule, follow_limit=True, margin=0.5, **options)
+
+    def loss():
+        return (2 * x**2 + 0.5 * y**2).sum()
+
+    applied = []
+    for _ in range(steps):
+        loss().backward()
+        scheduler.observe(loss)
+        optimizer.step()
+        applied.append([group["lr"] for group in optimizer.param_groups])
+        scheduler.step()
+        optimizer.zero_grad()
+    return scheduler, applied
+
+
+@pytest.mark.parametrize("lr", [1e-9, 0.3, 1e9])
+def test_lr_is_the_cap_whatever_lr_the_optimizer_was_given(lr):
+    scheduler, applied = quadratic(lr)
+    assert [lrs[0] for lrs in applied] == pytest.approx([0.25] * len(applied), rel=1e-6)
+    assert scheduler.get_last_lr() == scheduler.get_desired_lr() == pytest.approx([0.25], rel=1e-6)
+    assert scheduler.summary().capped_steps == 0
+
+
+def test_a_schedule_shapes_it():
+    _, applied = quadratic(7.0, lambda opt: CosineAnnealingLR(opt, T_max=40))
+    reference = CosineAnnealingLR(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0), T_max=40)
+    for (lr,) in applied:
+        assert lr == pytest.approx(0.25 * reference.get_last_lr()[0], rel=1e-6, abs=1e-12)
+        reference.optimizer.step()
+        reference.step()
+
+
+def test_one_cycle_is_shaped_by_its_own_largest_lr():
+    _, applied = quadratic(1.0, lambda opt: OneCycleLR(opt, max_lr=3.0, total_steps=41, cycle_momentum=False))
+    lrs = [lr for (lr,) in applied]
+    assert max(lrs) == pytest.approx(0.25, rel=2e-3)  # the peak lies between two steps
+    assert lrs[0] == pytest.approx(0.25 / 25, rel=1e-6)
+
+
+def test_the_groups_keep_their_ratio():
+    _, applied = quadratic(1.0, groups=True)
+    assert all(first == pytest.approx(10 * second) for first, second in applied)
+    assert applied[-1][0] == pytest.approx(0.25, rel=1e-6)  # H_yy counts a tenth
+
+
+def test_the_optimizers_own_lr_holds_while_nothing_was_measured_and_after_close():
+    x = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([x], lr=0.01)
+    scheduler = CoherenceScheduler(optimizer, follow_limit=True)
+
+    def fails():
+        raise ValueError("no loss")
+
+    x.grad = torch.ones(1)
+    scheduler.observe(fails)
+    with pytest.warns(RuntimeWarning, match="could not measure"):
+        optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == 0.01
+    scheduler.close()
+    scheduler, _ = quadratic(3.0)
+    optimizer = scheduler.optimizer
+    scheduler.close()
+    assert optimizer.param_groups[0]["lr"] == 3.0
+
+
+def test_a_resumed_run_goes_on():
+    scheduler, applied = quadratic(1.0)
+    twin, _ = quadratic(1.0, steps=1)
+    twin.load_state_dict(json.loads(json.dumps({**scheduler.state_dict(), "guard": _plain(scheduler)})))
+    assert twin.get_last_lr() == pytest.approx(applied[-1], rel=1e-6)
+
+
+def _plain(scheduler):
+    return {**scheduler.state_dict()["guard"], "vectors": {}}
+
+
+def test_the_record_says_what_was_applied():
+    scheduler, _ = quadratic(1e9)
+    assert all(d.lr_desired == pytest.approx(0.25, rel=1e-6) for d in list(scheduler.history)[1:])
+    assert not any(d.action == "cap" for d in list(scheduler.history)[1:])
+
+
+def test_a_guard_follows_inside_the_step_only():
+    x = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([x], lr=5.0)
+    guard = CoherenceGuard(optimizer, follow_limit=True, margin=0.5)
+    x.grad = 4 * x.detach()
+    guard.observe(lambda: 2 * (x**2).sum())
+    optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == 5.0
+    assert torch.allclose(x, torch.zeros(2), atol=1e-5)  # 1 - .25 * 4
+
+
+def test_it_is_a_flag():
+    with pytest.raises(TypeError, match="follow_limit must be True or False, got 'yes'"):
+        CoherenceScheduler(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0), follow_limit="yes")
