@@ -96,6 +96,7 @@ class Eigenproblem:
             dtype = torch.promote_types(dtype, m.values.dtype)
         self.like = torch.empty(sum(self.sizes), dtype=dtype, device=self.movers[0].param.device)
         self.num_matvecs = 0
+        self.checks = int(curvature.again is not None)  # products that each solve ends with
         self.idle: list[Tensor] | None = None  # coordinates with a zero row in H
         self.vectors: dict[str, Tensor] = {}
 
@@ -114,7 +115,7 @@ class Eigenproblem:
             `Measurement`'s figures by name.
         """
         smallest, smallest_in_shares = self._smallest_p()
-        reserved = MIN_MATVECS if bound == "lemma1" else 0
+        reserved = MIN_MATVECS + self.checks if bound == "lemma1" else 0
         gamma = self._top("gamma", [m.share for m in self.movers], reserved=reserved)
         limits: dict[str, float] = {}
         converged = gamma.converged
@@ -169,7 +170,7 @@ class Eigenproblem:
             return above
         if not solve:
             return None
-        if self._left() < MIN_MATVECS:
+        if self._left() < MIN_MATVECS + self.checks:
             return replace(above, converged=False)
         scaled = [w * m.share for w, m in zip(weights, self.movers, strict=True)]
         return self._top(name, scaled, self.decay, start=gamma.vector)
@@ -177,7 +178,7 @@ class Eigenproblem:
     def _sharpness(self, gamma: EigenEstimate, *, needed: bool, wanted: bool) -> EigenEstimate | None:
         if all(p.ndim == 0 and float(p) == 1.0 for p in self.p) and {m.share for m in self.movers} == {1.0}:
             return gamma  # P is one: the two are the same
-        if needed or (wanted and self._left() >= MIN_MATVECS):
+        if needed or (wanted and self._left() >= MIN_MATVECS + self.checks):
             return self._top("lambda_max", None)
         return None
 
@@ -207,7 +208,7 @@ class Eigenproblem:
             lambda v: self._matvec(v, roots, scales, decay or [0.0] * len(scales)),
             start_vector(self.like, self.seed, start),
             tol=self.tol,
-            max_matvecs=max(1, self._left() - reserved),
+            max_matvecs=max(MIN_MATVECS if self.checks else 1, self._left() - reserved - self.checks),
             min_matvecs=MIN_MATVECS if start is warm else COLD_MATVECS,
             max_basis=self.max_basis,
         )
@@ -219,7 +220,7 @@ class Eigenproblem:
                 f"the loss curves nowhere upwards on this batch (largest eigenvalue {estimate.value:.3g})",
                 self.num_matvecs,
             )
-        if self.curvature.again is not None:
+        if self.checks:
             self._check(estimate, roots, scales, decay or [0.0] * len(scales))
         self.vectors[name] = estimate.vector
         return estimate
