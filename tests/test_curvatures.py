@@ -475,18 +475,29 @@ def test_the_cost_of_differences_is_what_was_evaluated(hvp: str, gradients: int,
     assert found.cost == len(calls) == 1 + gradients * found.num_matvecs
 
 
-def test_one_sided_differences_over_kinks_fail_or_are_right() -> None:
-    for seed in range(5):
+@pytest.mark.parametrize("hvp", ["finite-difference", "one-sided"])
+@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.Adam])
+def test_differences_over_kinks_fail_or_are_right(optimizer_class: Any, hvp: str) -> None:
+    """With BatchNorm the eigenvalues by two steps can agree by chance, far from the right one: the vectors do not."""
+    failed = 0
+    for seed in range(6):
         torch.manual_seed(seed)
-        model = nn.Sequential(nn.Linear(3, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
-        x, y = torch.randn(64, 3), torch.randint(0, 3, (64,))
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        right = safe_lr.measure(optimizer, lambda: F.cross_entropy(model(x), y)).lambda_max  # noqa: B023 (called at once)
-        found = safe_lr.measure(optimizer, lambda: F.cross_entropy(model(x), y), hvp="one-sided", tol=0.1)  # noqa: B023
+        layers = [nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()]
+        model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 16, 3))
+        x, y = torch.randn(16, 1, 8, 8), torch.randint(0, 3, (16,))
+        optimizer = optimizer_class(model.parameters(), lr=0.01)
+        for _ in range(5):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        right = safe_lr.measure(optimizer, lambda: F.cross_entropy(model(x), y)).gamma  # noqa: B023 (called at once)
+        found = safe_lr.measure(optimizer, lambda: F.cross_entropy(model(x), y), hvp=hvp, tol=0.1)  # noqa: B023
         if found.failure is None:
-            assert found.lambda_max == pytest.approx(right, rel=0.15)
+            assert found.gamma == pytest.approx(right, rel=0.2)
         else:
+            failed += 1
             assert "kinks (ReLU)" in found.failure and not found.limits
+    assert failed > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
