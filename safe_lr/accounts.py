@@ -8,6 +8,7 @@ from typing import Any
 
 from safe_lr.decisions import Action, Decision, Summary
 from safe_lr.measurement import Measurement
+from safe_lr.operators import DIFFERENCES
 from safe_lr.policies import NormTrend
 
 SUMMED = 1.9
@@ -70,8 +71,8 @@ class State:
             return "hold", f"{found.failure}; {held}"
         limit = "limit" if found.curvature != "trial" else "largest lr that lowers the batch's loss (no limit exists)"
         allowed = f"{self.margin:.3g} x {limit} {found.lr_limit:.3g}"
-        if found.hvp == "finite-difference":
-            allowed += " (products by finite differences)"
+        if found.hvp in DIFFERENCES:
+            allowed += f" (products by {'one-sided ' * (found.hvp == 'one-sided')}finite differences)"
         if found.note is not None:
             allowed += f" ({found.note})"
         if found.inferred:

@@ -9,18 +9,20 @@ from torch import Tensor
 
 from safe_lr.accounts import State
 from safe_lr.closures import Closure
-from safe_lr.eigenproblem import MIN_MATVECS
 from safe_lr.ensemble import Ensemble
 from safe_lr.measurement import (
     COST_OF_GRAPH,
     COST_OF_LEAN_PRODUCT,
     COST_OF_LOSS,
+    COST_OF_ONE_SIDED_PRODUCT,
     COST_OF_PRODUCT,
     Measurement,
     Settings,
+    least_matvecs,
     measure_step,
 )
 from safe_lr.movers import Mover, movers
+from safe_lr.operators import DIFFERENCES
 from safe_lr.trials import search_step, try_step
 
 SCALED = 100.0
@@ -52,7 +54,8 @@ class Instrument:
 
     def can_measure(self, closures: Sequence[Closure], state: State, budget: float) -> bool:
         """Whether the budget has room for the fewest products that tell anything."""
-        return self._products(closures, state, budget) >= self.settings.least_matvecs
+        least = min(least_matvecs(self.settings.bound, self._hvp(state)), self.settings.max_matvecs)
+        return self._products(closures, state, budget) >= least
 
     def measure(
         self,
@@ -114,13 +117,20 @@ class Instrument:
 
     def _products(self, closures: Sequence[Closure], state: State, budget: float) -> int:
         """How many products the budget has room for, beside the gradient and a trial step."""
-        lean = len(closures) > 1 or "lean" in (self.settings.hvp, state.hvp)
+        hvp = self._hvp(state)
+        lean = hvp not in DIFFERENCES and (len(closures) > 1 or "lean" in (hvp, state.hvp))
         room = budget - COST_OF_GRAPH - COST_OF_LOSS
-        return int(min(room / (COST_OF_LEAN_PRODUCT if lean else COST_OF_PRODUCT), self.settings.max_matvecs))
+        product = COST_OF_LEAN_PRODUCT if lean else COST_OF_PRODUCT
+        if hvp == "one-sided":
+            product = COST_OF_ONE_SIDED_PRODUCT
+        return int(min(room / product, self.settings.max_matvecs))
 
     def _settings_now(self, products: int, state: State) -> Settings:
         """The settings, with what the budget allows, and with the way of making products that worked last time."""
-        hvp = self.settings.hvp
-        if hvp == "auto" and state.hvp == "finite-difference":
-            hvp = state.hvp  # the other ways were tried, and cost a graph each
-        return replace(self.settings, hvp=hvp, max_matvecs=max(MIN_MATVECS, products))
+        hvp = self._hvp(state)
+        return replace(self.settings, hvp=hvp, max_matvecs=max(least_matvecs(self.settings.bound, hvp), products))
+
+    def _hvp(self, state: State) -> str:
+        if self.settings.hvp == "auto" and state.hvp == "finite-difference":
+            return state.hvp  # the other ways were tried, and cost a graph each
+        return self.settings.hvp

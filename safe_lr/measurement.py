@@ -17,15 +17,16 @@ from safe_lr.eigenproblem import BOUNDS, MIN_MATVECS, Eigenproblem
 from safe_lr.ensemble import Ensemble
 from safe_lr.movers import MeasurementFailed, Mover, ascends, movers, shares
 from safe_lr.objective import Closures, Objective, as_list
-from safe_lr.operators import CURVATURES
+from safe_lr.operators import CURVATURES, DIFFERENCES
 from safe_lr.preconditioners import Preconditioner
 
-HVPS = ("auto", "exact", "lean", "finite-difference")
+HVPS = ("auto", "exact", "lean", *DIFFERENCES)
 
 # In gradient evaluations, medians of four networks from an MLP to a 5 M transformer (docs/performance.md).
 COST_OF_GRAPH = 1.0
 COST_OF_PRODUCT = 2.0
 COST_OF_LEAN_PRODUCT = 3.0
+COST_OF_ONE_SIDED_PRODUCT = 1.0
 COST_OF_LOSS = 1 / 3
 
 NOT_DETERMINISTIC = (
@@ -42,7 +43,8 @@ class Settings:
             Sec. 3.9).
         curvature: `hessian`, `gauss-newton`, `fisher` (labels sampled from the model) or `empirical-fisher`.
         hvp: `exact` (double backward on one retained graph), `lean` (the graph built anew for each product),
-            `finite-difference`, or `auto`: exact, lean where memory runs out, differences where nothing else works.
+            `finite-difference` (central, two gradients a product), `one-sided` (one gradient a product, to a
+            hundredth), or `auto`: exact, lean where memory runs out, central differences where nothing else works.
         tol: Relative residual at which the eigen-solver stops.
         max_matvecs: Largest number of products for one measurement.
         max_basis: Largest number of Krylov vectors kept at a time; None keeps all (one a product).
@@ -70,8 +72,8 @@ class Settings:
             raise ValueError(f"tol must lie in (0, 1), got {self.tol!r}")
         if not isinstance(self.max_matvecs, int):
             raise TypeError(f"max_matvecs must be an integer, got {self.max_matvecs!r}")
-        if self.curvature != "hessian" and self.hvp == "finite-difference":
-            raise ValueError(f"hvp='finite-difference' is for curvature='hessian', got curvature={self.curvature!r}")
+        if self.curvature != "hessian" and self.hvp in DIFFERENCES:
+            raise ValueError(f"hvp={self.hvp!r} is for curvature='hessian', got curvature={self.curvature!r}")
         if self.max_basis is not None and (not isinstance(self.max_basis, int) or self.max_basis < 2):
             raise ValueError(f"max_basis must be an integer of at least 2 (vectors), or None; got {self.max_basis!r}")
         if self.max_matvecs < self.least_matvecs:
@@ -86,12 +88,23 @@ class Settings:
 
         Lemma 1 needs lambda_max beside gamma.
         """
-        return COST_OF_GRAPH + COST_OF_PRODUCT * self.least_matvecs + COST_OF_LOSS
+        product = COST_OF_ONE_SIDED_PRODUCT if self.hvp == "one-sided" else COST_OF_PRODUCT
+        return COST_OF_GRAPH + product * self.least_matvecs + COST_OF_LOSS
 
     @property
     def least_matvecs(self) -> int:
-        """Fewest products that tell what the bound needs."""
-        return MIN_MATVECS * (1 + (self.bound == "lemma1"))
+        """Fewest products that tell what the bound needs, the check of a difference included."""
+        return least_matvecs(self.bound, self.hvp)
+
+
+def least_matvecs(bound: str, hvp: str) -> int:
+    """Returns the fewest products that tell what a bound needs: differences are checked with one more per eigenvalue.
+
+    Example:
+        >>> least_matvecs("momentum", "exact"), least_matvecs("lemma1", "one-sided")
+        (3, 8)
+    """
+    return (MIN_MATVECS + (hvp in DIFFERENCES)) * (1 + (bound == "lemma1"))
 
 
 @dataclass(frozen=True)
@@ -112,7 +125,7 @@ class Measurement:
         upper: That eigenvalue plus its residual: a heuristic for an upper bound, not a certificate.
         converged: Whether every eigenvalue's residual met the tolerance.
         num_matvecs: Hessian-vector products spent, over all eigenvalues.
-        cost: Gradient evaluations spent: 1 for the graph, 2 a product, 1/3 for a trial step.
+        cost: Gradient evaluations spent: 1 for the graph, 2 a product (3 lean, 1 one-sided), 1/3 for a trial step.
         seconds: Wall time.
         curvature, hvp: What was measured and how the products were made.
         failure: Why the measurement failed, in a sentence; None if it did not. The figures are then None or NaN.
@@ -195,7 +208,7 @@ def measure(
         bound: Which of `limits` becomes `lr_limit`: `momentum`, `coherence` or `lemma1`.
         curvature: `hessian`; `empirical-fisher` (the closure returns per-example losses), `gauss-newton` or `fisher`
             (it returns the pair (outputs, loss_of_outputs)).
-        hvp: `auto`, `exact`, `lean` or `finite-difference`.
+        hvp: `auto`, `exact`, `lean`, `finite-difference` or `one-sided`.
         tol: Relative residual of the eigenvalues.
         max_matvecs: Largest number of products, over all eigenvalues.
         max_basis: Largest number of parameter-sized Krylov vectors kept at a time; None keeps one a product.

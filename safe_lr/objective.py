@@ -10,6 +10,7 @@ from torch import Tensor
 
 from safe_lr.closures import Closure, ClosureError, Untouched, as_loss
 from safe_lr.operators import (
+    DIFFERENCES,
     Curvature,
     NoSecondDerivative,
     Product,
@@ -82,17 +83,20 @@ class Objective:
 
         Args:
             params: Leaf tensors.
-            hvp: `exact` (a retained graph), `lean` (rebuilt) or `finite-difference`; all but the Hessian are exact or
-                lean.
+            hvp: `exact` (a retained graph), `lean` (rebuilt), `finite-difference` (central) or `one-sided`; all but the
+                Hessian are exact or lean.
 
         Raises:
             NoSecondDerivative: The graph cannot be differentiated twice.
             ClosureError: A closure broke its contract.
         """
-        if hvp == "finite-difference":
+        if hvp in DIFFERENCES:
             if self.kind != "hessian":
-                raise NoSecondDerivative(f"curvature={self.kind!r} has no finite-difference products")
-            return _mean([finite_difference_hessian(self._again(c), params) for c in self.closures])
+                raise NoSecondDerivative(f"curvature={self.kind!r} has no {hvp} products")
+            one_sided = hvp == "one-sided"
+            return _mean(
+                [finite_difference_hessian(self._again(c), params, one_sided=one_sided) for c in self.closures]
+            )
         if len(self.closures) == 1 and hvp == "exact":
             return self._exact(self.closures[0], params, 0)
         return _mean([self._lean(c, params, k) for k, c in enumerate(self.closures)])

@@ -15,8 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 Product = Callable[[Sequence[Tensor]], list[Tensor]]
+
+DIFFERENCES = ("finite-difference", "one-sided")
+"""Products that are not exact, and are made once more with another step to check what was found."""
 
 CURVATURES = ("hessian", "gauss-newton", "fisher", "empirical-fisher")
 
@@ -37,7 +41,7 @@ class Curvature:
         again: The same product by other numbers (another step size), to check what was found; None where exact.
         cost_of_product: Gradient evaluations that one product takes.
         cost: Gradient evaluations that were spent on making it.
-        hvp: How products are made: `exact`, `lean` or `finite-difference`.
+        hvp: How products are made: `exact`, `lean`, `finite-difference` or `one-sided`.
     """
 
     loss: float
@@ -75,11 +79,7 @@ def exact_hessian(loss: Tensor, params: Sequence[Tensor]) -> Curvature:
     References:
         Pearlmutter 1994, "Fast exact multiplication by the Hessian".
     """
-    if _hides_parameters(loss):
-        raise NoSecondDerivative("reentrant checkpointing cannot be differentiated twice; use_reentrant=False can")
-    grads = _gradients(loss, params, create_graph=True)
-    if "Error" in _nodes(*(g for g in grads if g is not None)):  # torch would leave its part of H out, without a word
-        raise NoSecondDerivative("a custom function is marked @once_differentiable: it has no second derivative")
+    grads = _gradients_with_graph(loss, params)
     curved = [g for g in grads if g is not None and g.requires_grad]
 
     def product(vectors: Sequence[Tensor]) -> list[Tensor]:
@@ -96,6 +96,9 @@ def lean_hessian(evaluate: Callable[[], Tensor], params: Sequence[Tensor]) -> Cu
     """Returns the Hessian by double backward on a graph that is built anew for every product and dropped after it.
 
     Between products nothing is kept, and several losses share the memory of one; a product costs about three gradients.
+    The graph is freed as the second pass goes through it, and the gradients' values before that pass, which needs only
+    their nodes. What remains at the peak is everything that the forward pass and the first backward pass saved:
+    2 to 3 times what a gradient takes (docs/performance.md).
 
     Args:
         evaluate: Returns the loss with its graph, always from the same random state.
@@ -108,7 +111,14 @@ def lean_hessian(evaluate: Callable[[], Tensor], params: Sequence[Tensor]) -> Cu
     """
 
     def product(vectors: Sequence[Tensor]) -> list[Tensor]:
-        return exact_hessian(evaluate(), params).product(vectors)
+        grads = _gradients_with_graph(evaluate(), params)
+        curved = [g is not None and g.requires_grad for g in grads]
+        edges = [get_gradient_edge(g) for g, c in zip(grads, curved, strict=True) if c and g is not None]
+        del grads
+        if not edges:
+            return [torch.zeros_like(p) for p in params]
+        weights = [v for v, c in zip(vectors, curved, strict=True) if c]
+        return _filled(torch.autograd.grad(edges, params, weights, allow_unused=True), params)
 
     loss = evaluate()
     value, grads = float(loss.detach()), _gradients(loss, params)
@@ -117,18 +127,22 @@ def lean_hessian(evaluate: Callable[[], Tensor], params: Sequence[Tensor]) -> Cu
     )
 
 
-def finite_difference_hessian(evaluate: Callable[[], Tensor], params: Sequence[Tensor]) -> Curvature:
-    """Returns the Hessian by central differences of the gradient: what works without second derivatives.
+def finite_difference_hessian(
+    evaluate: Callable[[], Tensor], params: Sequence[Tensor], *, one_sided: bool = False
+) -> Curvature:
+    """Returns the Hessian by differences of the gradient: what works without second derivatives.
 
-        H v = |v| (g(p + e v/|v|) - g(p - e v/|v|)) / (2 e)
+        H v = |v| (g(p + e v/|v|) - g(p - e v/|v|)) / (2 e)      central, two gradients a product
+        H v = |v| (g(p + e v/|v|) - g(p)) / e                    one-sided, one: g(p) is the measurement's own
 
-    Right to a thousandth on smooth networks in float32. On networks with kinks (ReLU) it is wrong at every step size,
-    and behind BatchNorm a tiny P can magnify rounding: `again` makes the product with a quarter of the step, for
-    whoever found an eigenvector to check it.
+    Central differences are right to a thousandth on smooth networks in float32, one-sided ones to a hundredth. On
+    networks with kinks (ReLU) both are wrong at every step size, and behind BatchNorm a tiny P can magnify rounding:
+    `again` makes the product with a quarter of the step, for whoever found an eigenvector to check it.
 
     Args:
         evaluate: Returns the loss with its graph, always from the same random state.
         params: Leaf tensors; moved and put back.
+        one_sided: Whether to go ahead only.
 
     Example:
         >>> x = torch.tensor([1.0, 2.0], requires_grad=True, dtype=torch.float64)
@@ -153,24 +167,26 @@ def finite_difference_hessian(evaluate: Callable[[], Tensor], params: Sequence[T
                 p.data.copy_(value)
 
     def difference(vectors: Sequence[Tensor], step: float) -> list[Tensor]:
-        ahead, behind = at(vectors, step), at(vectors, -step)
-        return [(a - b) / (2 * step) for a, b in zip(ahead, behind, strict=True)]
+        ahead = at(vectors, step)
+        behind, width = (here, step) if one_sided else (at(vectors, -step), 2 * step)
+        return [(a - b) / width for a, b in zip(ahead, behind, strict=True)]
 
     def product(vectors: Sequence[Tensor], part: float = 1.0) -> list[Tensor]:
         size = float(torch.stack([torch.linalg.vector_norm(v).double() for v in vectors]).norm())
         if size == 0:
             return [torch.zeros_like(p) for p in params]
-        return difference(vectors, part * _step_size(params) / size)
+        return difference(vectors, part * _step_size(params, one_sided=one_sided) / size)
 
     value, grads = gradient()
+    here = _detached(grads, params)
     return Curvature(
         value,
-        _detached(grads, params),
+        here,
         [g is not None for g in grads],
         product,
         again=lambda vectors: product(vectors, 0.25),
-        cost_of_product=2.0,
-        hvp="finite-difference",
+        cost_of_product=1.0 if one_sided else 2.0,
+        hvp="one-sided" if one_sided else "finite-difference",
     )
 
 
@@ -287,6 +303,16 @@ def _gradients(loss: Tensor, params: Sequence[Tensor], **options: Any) -> list[T
     return [None if g is None else _dense(g) for g in made]
 
 
+def _gradients_with_graph(loss: Tensor, params: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients with their graph, where it can be differentiated."""
+    if _hides_parameters(loss):
+        raise NoSecondDerivative("reentrant checkpointing cannot be differentiated twice; use_reentrant=False can")
+    grads = _gradients(loss, params, create_graph=True)
+    if "Error" in _nodes(*(g for g in grads if g is not None)):  # torch would leave its part of H out, without a word
+        raise NoSecondDerivative("a custom function is marked @once_differentiable: it has no second derivative")
+    return grads
+
+
 def _backward(loss: Tensor, params: Sequence[Tensor]) -> list[Tensor | None]:
     """The gradients by `backward()`, which reentrant checkpointing needs; the parameters' own are set aside."""
     held = [p.grad for p in params]
@@ -316,11 +342,18 @@ def _nodes(*tensors: Tensor) -> set[str]:
     return {type(node).__name__ for node in seen}
 
 
-def _step_size(params: Sequence[Tensor]) -> float:
-    """eps^(1/3) of the coarsest arithmetic, times the parameters' norm where that is above one."""
+def _step_size(params: Sequence[Tensor], *, one_sided: bool = False) -> float:
+    """eps^(1/3) / 4 of the coarsest arithmetic (one-sided eps^(1/2) / 2), times the root of the parameters' norm where
+    that is above one.
+    """
+    # The gradient's rounding, about eps, is divided by the step e. What the series leaves out grows like e^2 in a
+    # central difference and like e in a one-sided one: the two errors meet at eps^(1/3) and eps^(1/2). On GELU networks
+    # in float32 half of the one-sided step doubles the error on random vectors (rounding, 1 %), twice the step doubles
+    # that on top eigenvectors (truncation, .4 %).
     coarsest = max(torch.finfo(p.dtype).eps for p in params)
     size = float(torch.stack([torch.linalg.vector_norm(p.detach()).double() for p in params]).norm())
-    return float(coarsest ** (1 / 3)) * max(1.0, math.sqrt(size)) / 4
+    step = float(coarsest ** (1 / 2)) / 2 if one_sided else float(coarsest ** (1 / 3)) / 4
+    return step * max(1.0, math.sqrt(size))
 
 
 def _dense(tensor: Tensor) -> Tensor:

@@ -57,8 +57,9 @@ class CoherenceScheduler(LRScheduler):
         curvature: `hessian`; `empirical-fisher` (closures return per-example losses, shape (B,)), `gauss-newton` or
             `fisher` (they return the pair (outputs, loss_of_outputs)).
         hvp: How Hessian products are made: `exact` (double backward on one retained graph), `lean` (the graph built
-            anew for each), `finite-difference`, or `auto`: exact, lean where memory runs out, differences where nothing
-            else works.
+            anew for each), `finite-difference` (central), `one-sided` (differences at one gradient a product instead of
+            two, right to a hundredth; on request only), or `auto`: exact, lean where memory runs out, central
+            differences where nothing else works.
         probe: A fixed closure, or several, to measure on instead of the observed batches: warm starts then pay.
         tol: Relative residual at which the eigen-solver stops. Limits use `value + residual`.
         warm_start: Start from the last eigenvector, which then is part of `state_dict`.

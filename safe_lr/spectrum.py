@@ -18,12 +18,12 @@ from safe_lr.ensemble import Ensemble
 from safe_lr.lanczos import Array, EigenEstimate, Matvec, quadrature, several, start_vector
 from safe_lr.movers import MeasurementFailed, Mover, ascends, movers, shares
 from safe_lr.objective import Closures, Objective, as_list
-from safe_lr.operators import CURVATURES, Curvature
+from safe_lr.operators import CURVATURES, DIFFERENCES, Curvature
 from safe_lr.sharpness import leaves_of
 
 Optimizers = Optimizer | Sequence[Optimizer]
 
-HVPS = ("exact", "lean", "finite-difference")
+HVPS = ("exact", "lean", *DIFFERENCES)
 
 # Of a broadened density: a hundredth of the range, narrow enough to tell outliers from the bulk, and four points of the
 # grid to a sigma, at which the sum over the grid is the integral to rounding.
@@ -59,7 +59,8 @@ def eigenpairs(
         which: `largest` or `smallest`, algebraic: the most negative ones where the loss curves down.
         curvature: `hessian`, `gauss-newton`, `fisher` or `empirical-fisher`.
         optimizer: One or several that move the parameters. None leaves out P.
-        hvp: `exact` (a retained graph), `lean` (rebuilt) or `finite-difference`. Several closures are lean.
+        hvp: `exact` (a retained graph), `lean` (rebuilt), `finite-difference` or `one-sided`. Several
+            closures are lean but for the differences.
         tol: Stops at residuals of `tol * |value|` (of `tol^2` times the largest magnitude, where that is more).
         max_matvecs: Largest number of products, 2 k at least.
         seed: Of the start vectors, and of the labels of `fisher`.
@@ -181,7 +182,8 @@ def spectral_density(
             That many vectors of all parameters are kept.
         curvature: `hessian`, `gauss-newton`, `fisher` or `empirical-fisher`.
         optimizer: One or several that move the parameters, for P^-1/2 H P^-1/2 as in `eigenpairs`. None leaves out P.
-        hvp: `exact` (a retained graph), `lean` (rebuilt) or `finite-difference`. Several closures are lean.
+        hvp: `exact` (a retained graph), `lean` (rebuilt), `finite-difference` or `one-sided`. Several
+            closures are lean but for the differences.
         grid: Eigenvalues at which the density is wanted, rising. By default from 8 sigma below the lowest node to 8
             above the highest, 4 points to a sigma.
         sigma: Width of the Gaussians; by default a hundredth of the nodes' range.

@@ -15,6 +15,7 @@ import safe_lr
 from safe_lr import CoherenceGuard
 from safe_lr.operators import (
     Curvature,
+    _gradients_with_graph,
     exact_hessian,
     finite_difference_hessian,
     fisher,
@@ -342,13 +343,12 @@ def test_out_of_memory_goes_on_lean_and_then_holds(failures: int, monkeypatch: p
     model, params, x, y = network()
     left = iter(range(failures))
 
-    def scarce(loss: Tensor, parameters: Any) -> Curvature:
+    def scarce(loss: Tensor, parameters: Any) -> list[Tensor | None]:
         if next(left, None) is not None:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return exact_hessian(loss, parameters)
+        return _gradients_with_graph(loss, parameters)
 
-    monkeypatch.setattr("safe_lr.objective.exact_hessian", scarce)
-    monkeypatch.setattr("safe_lr.operators.exact_hessian", scarce)
+    monkeypatch.setattr("safe_lr.operators._gradients_with_graph", scarce)
     guard = CoherenceGuard(torch.optim.SGD(params, lr=1e3), loggers=None)
     F.cross_entropy(model(x), y).backward()
     guard.observe(lambda: F.cross_entropy(model(x), y))
@@ -421,3 +421,120 @@ def test_a_small_basis_finds_the_same_limit(max_basis: int) -> None:
     assert guard.last_measurement is not None and guard.last_measurement.failure is None
     with pytest.raises(ValueError, match="max_basis must be an integer of at least 2"):
         CoherenceGuard(optimizer, max_basis=1)
+
+
+# ---- one-sided differences
+
+
+def counted(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Callable[[], Tensor], list[int]]:
+    """A closure, and how often it was called."""
+    calls: list[int] = []
+
+    def loss() -> Tensor:
+        calls.append(1)
+        return F.cross_entropy(model(x), y)
+
+    return loss, calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_sided_products_are_the_dense_hessian_to_a_hundredth(dtype: torch.dtype) -> None:
+    model, params, x, y = network()
+    truth = dense_hessian(F.cross_entropy(model(x), y), params)
+    model, x = model.to(dtype), x.to(dtype)
+    found = finite_difference_hessian(lambda: F.cross_entropy(model(x), y), params, one_sided=True)
+    error = dense(found, params).double() - truth
+    assert float(error.norm() / truth.norm()) < (1e-2 if dtype is torch.float32 else 1e-6)
+    assert (found.hvp, found.cost_of_product) == ("one-sided", 1.0)
+
+
+@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.Adam])
+def test_one_sided_limits_are_the_exact_ones_to_a_hundredth(optimizer_class: Any) -> None:
+    model, params, x, y = network(nn.GELU())
+    model, x = model.float(), x.float()
+    optimizer = optimizer_class(params, lr=1e-2)
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    exact = safe_lr.measure(optimizer, lambda: F.cross_entropy(model(x), y))
+    found = safe_lr.measure(optimizer, lambda: F.cross_entropy(model(x), y), hvp="one-sided", tol=1e-2)
+    assert (found.failure, found.hvp) == (None, "one-sided")
+    for name, limit in exact.limits.items():
+        assert found.limits[name] == pytest.approx(limit, rel=1e-2)
+
+
+@pytest.mark.parametrize(("hvp", "gradients"), [("finite-difference", 2), ("one-sided", 1)])
+@pytest.mark.parametrize("bound", ["momentum", "lemma1"])
+def test_the_cost_of_differences_is_what_was_evaluated(hvp: str, gradients: int, bound: str) -> None:
+    """One evaluation for the gradient, and so many a product, the check's among them."""
+    model, params, x, y = network()
+    loss, calls = counted(model, x, y)
+    optimizer = torch.optim.Adam(params, lr=1e-2)
+    found = safe_lr.measure(optimizer, loss, bound=bound, hvp=hvp, tol=0.1, max_matvecs=12)
+    assert found.failure is None and found.num_matvecs <= 12
+    assert found.cost == len(calls) == 1 + gradients * found.num_matvecs
+
+
+@pytest.mark.parametrize("hvp", ["finite-difference", "one-sided"])
+@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.Adam])
+def test_differences_over_kinks_fail_or_are_right(optimizer_class: Any, hvp: str) -> None:
+    """With BatchNorm the eigenvalues by two steps can agree by chance, far from the right one: the vectors do not."""
+    failed = 0
+    for seed in range(6):
+        torch.manual_seed(seed)
+        layers = [nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()]
+        model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 16, 3))
+        x, y = torch.randn(16, 1, 8, 8), torch.randint(0, 3, (16,))
+        optimizer = optimizer_class(model.parameters(), lr=0.01)
+        for _ in range(5):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        right = safe_lr.measure(optimizer, lambda: F.cross_entropy(model(x), y)).gamma  # noqa: B023 (called at once)
+        found = safe_lr.measure(optimizer, lambda: F.cross_entropy(model(x), y), hvp=hvp, tol=0.1)  # noqa: B023
+        if found.failure is None:
+            assert found.gamma == pytest.approx(right, rel=0.2)
+        else:
+            failed += 1
+            assert "kinks (ReLU)" in found.failure and not found.limits
+    assert failed > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_sided_differences_under_autocast_fail_and_say_so(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))
+    x, y = torch.randn(64, 8), torch.randint(0, 4, (64,))
+
+    def mixed() -> Tensor:
+        with torch.autocast("cpu", dtype=dtype):
+            return F.cross_entropy(model(x), y)
+
+    found = safe_lr.measure(torch.optim.SGD(model.parameters(), lr=1e-3), mixed, hvp="one-sided")
+    assert found.failure is not None and "half precision" in found.failure and not found.limits
+
+
+def test_one_sided_is_for_the_hessian() -> None:
+    model, params, x, _ = network()
+    with pytest.raises(ValueError, match="hvp='one-sided' is for curvature='hessian', got curvature='fisher'"):
+        safe_lr.measure(torch.optim.SGD(params, lr=0.1), lambda: model(x).sum(), curvature="fisher", hvp="one-sided")
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("hvp", ["finite-difference", "one-sided"])
+def test_a_run_on_differences_is_protected_within_its_budget(hvp: str, several: bool) -> None:
+    model, params, x, y = network()
+    guard = CoherenceGuard(torch.optim.SGD(params, lr=1e3), hvp=hvp, credit=20, loggers=None)
+    parts = [CLOSURES["hessian"](model, x[k : k + 3], y[k : k + 3]) for k in (0, 3)][: 1 + several]
+    first = sum(float(part().detach()) for part in parts)
+    for step in range(60):
+        guard.optimizer.zero_grad()
+        for part in parts:
+            (part() / len(parts)).backward()
+        guard.observe(parts)
+        guard.optimizer.step()
+        assert guard.summary().cost <= guard.policy.credit + guard.policy.max_overhead * (step + 1) + 1e-9
+    assert guard.summary().failures == 0 and guard.summary().measurements > 0
+    assert sum(float(part().detach()) for part in parts) < first
+    assert guard.last_measurement is not None and guard.last_measurement.hvp == hvp
+    assert any(f"products by {'one-sided ' * (hvp == 'one-sided')}finite" in d.reason for d in guard.history)

@@ -284,7 +284,7 @@ def test_bad_arguments_are_named() -> None:
     for name, choices in (
         ("bound", "'lemma1', 'coherence', 'momentum'"),
         ("curvature", "'hessian', 'gauss-newton', 'fisher', 'empirical-fisher'"),
-        ("hvp", "'auto', 'exact', 'lean', 'finite-difference'"),
+        ("hvp", "'auto', 'exact', 'lean', 'finite-difference', 'one-sided'"),
     ):
         with pytest.raises(ValueError, match=f"{name} must be one of {choices}, got 'x'"):
             safe_lr.measure(optimizer, lambda: w.sum(), **{name: "x"})
