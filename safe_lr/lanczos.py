@@ -55,6 +55,7 @@ def lanczos(
     max_matvecs: int = 100,
     min_matvecs: int = 3,
     max_basis: int | None = None,
+    overwrite_v0: bool = False,
 ) -> EigenEstimate:
     """Estimates the largest algebraic (not largest in magnitude) eigenvalue of a symmetric operator.
 
@@ -78,6 +79,7 @@ def lanczos(
             stays and the rest goes (a thick restart). At most `max_basis + 1` vectors of shape (n,) then live at once,
             beside v0, which is the caller's, and what the matvec itself needs; products grow in number as the basis
             shrinks. None keeps all: one vector a product, and the fewest products.
+        overwrite_v0: Whether v0 may serve as one of those vectors, and lose what it holds.
 
     Returns:
         The estimate; `converged` False, and the residual as large as it is, where `max_matvecs` came first. The value
@@ -95,7 +97,7 @@ def lanczos(
     References:
         Lanczos 1950; Golub & Van Loan 2013, ch. 10; Paige 1971 for the residual bound; Wu & Simon 2000 for the restart.
     """
-    return _ends(matvec, v0, (-1,), tol, max_matvecs, min_matvecs, max_basis)[0]
+    return _ends(matvec, v0, (-1,), tol, max_matvecs, min_matvecs, max_basis, overwrite_v0)[0]
 
 
 def both_ends(
@@ -106,6 +108,7 @@ def both_ends(
     max_matvecs: int = 100,
     min_matvecs: int = 3,
     max_basis: int | None = None,
+    overwrite_v0: bool = False,
 ) -> tuple[EigenEstimate, EigenEstimate]:
     """Estimates the largest and the smallest algebraic eigenvalue from one Krylov space.
 
@@ -119,6 +122,7 @@ def both_ends(
         max_matvecs: Largest number of products.
         min_matvecs: Smallest number of products.
         max_basis: Largest number of basis vectors, 3 at least: a restart keeps both ends. None keeps all.
+        overwrite_v0: Whether v0 may serve as one of those vectors, and lose what it holds.
 
     Returns:
         The largest and the smallest; `num_matvecs` of each counts all products.
@@ -131,7 +135,7 @@ def both_ends(
         >>> [round(end.value, 9) for end in both_ends(lambda v: diagonal * v, torch.ones_like(diagonal))]
         [3.0, -7.0]
     """
-    top, bottom = _ends(matvec, v0, (-1, 0), tol, max_matvecs, min_matvecs, max_basis)
+    top, bottom = _ends(matvec, v0, (-1, 0), tol, max_matvecs, min_matvecs, max_basis, overwrite_v0)
     return top, bottom
 
 
@@ -143,10 +147,10 @@ def _ends(
     max_matvecs: int,
     min_matvecs: int,
     max_basis: int | None,
+    overwrite_v0: bool,
 ) -> list[EigenEstimate]:
     """The Ritz pairs at the ends, counted as in a list of rising values: -1 the largest, 0 the smallest."""
-    basis = [_unit(v0)]
-    del v0  # the caller's: it may be freed
+    basis = [_unit(v0, overwrite_v0)]
     least = 1 + len(ends)
     if max_basis is not None and not (isinstance(max_basis, int) and max_basis >= least):
         raise ValueError(f"max_basis must be an integer of at least {least}, or None for no bound; got {max_basis!r}")
@@ -365,11 +369,11 @@ class _Projected:
         return np.linalg.eigh(matrix)  # it reads the lower half
 
 
-def _unit(v0: Tensor) -> Tensor:
+def _unit(v0: Tensor, overwrite: bool = False) -> Tensor:
     norm = float(torch.linalg.vector_norm(v0)) if v0.ndim == 1 else math.nan
     if not (math.isfinite(norm) and norm > 0):
         raise ValueError(f"v0 must be a finite, non-zero vector, got shape {tuple(v0.shape)} and norm {norm:g}")
-    return v0 / norm
+    return v0.div_(norm) if overwrite else v0 / norm
 
 
 def _expand(matvec: Matvec, basis: Sequence[Tensor], locked: Sequence[Tensor] = ()) -> tuple[Tensor, float, float]:
