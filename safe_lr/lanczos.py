@@ -412,8 +412,8 @@ def _mix(basis: list[Tensor], weights: Array) -> None:
     del basis[len(mix) :]
 
 
-def start_vector(like: Tensor, seed: int, direction: Tensor | None = None) -> Tensor:
-    """Returns `direction` plus a seeded random vector of the same norm; the random vector alone without a direction.
+def start_vector(like: Tensor, seed: int, direction: Tensor | None = None, *, random: float = 1.0) -> Tensor:
+    """Returns `direction` plus a seeded random vector; the random vector alone without a direction.
 
     A good direction (the preconditioned gradient, the last top eigenvector) saves products; the random part keeps a bad
     one from hiding the top eigenvector. Never touches a global random stream.
@@ -422,6 +422,7 @@ def start_vector(like: Tensor, seed: int, direction: Tensor | None = None) -> Te
         like: A vector of the wanted shape (n,), dtype and device.
         seed: Seed of the random part.
         direction: Shape (n,); ignored where it is zero or not finite.
+        random: Norm of the random part in units of the direction's.
 
     Returns:
         A vector of shape (n,) and unit norm.
@@ -440,6 +441,6 @@ def start_vector(like: Tensor, seed: int, direction: Tensor | None = None) -> Te
             direction = direction.to(like)
             if float(torch.dot(vector, direction)) < 0:
                 vector.neg_()  # never cancel the direction: in one dimension nothing would be left
-            vector.add_(direction, alpha=1 / norm)
+            vector.add_(direction, alpha=1 / (random * norm))
             vector /= torch.linalg.vector_norm(vector)
     return vector

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from safe_lr.eigenproblem import WARM_MATVECS, WARM_RANDOM
 from safe_lr.lanczos import both_ends, lanczos, quadrature, several, start_vector
 
 
@@ -84,6 +85,20 @@ def test_gradient_start_is_a_trap_that_the_random_part_avoids() -> None:
     assert trapped.value == pytest.approx(0.01, rel=1e-3)
     assert trapped.residual < 1e-6
     assert lanczos(lambda v: h * v, start_vector(x, 0, gradient), tol=0.1).value == pytest.approx(100.0, rel=1e-3)
+
+
+@pytest.mark.parametrize("last", [1, 2])
+@pytest.mark.parametrize("n", [3, 100_000])
+def test_warm_start_is_no_trap_where_the_last_vector_is_that_of_another_eigenvalue(last: int, n: int) -> None:
+    """diag(100, 1, .01), alone and with as many zeros as a network's Hessian has."""
+    h = torch.zeros(n)
+    h[:3] = torch.tensor([100.0, 1.0, 0.01])
+    exact = torch.zeros(n)
+    exact[last] = 1.0
+    for seed in range(10):
+        start = start_vector(h, seed, exact, random=WARM_RANDOM)
+        found = lanczos(lambda v: h * v, start, tol=0.1, min_matvecs=WARM_MATVECS)
+        assert found.value == pytest.approx(100.0, rel=0.01)
 
 
 def test_start_vector_is_seeded_and_leaves_the_global_stream_alone() -> None:
