@@ -20,17 +20,16 @@ BOUNDS = ("lemma1", "coherence", "momentum")
 MIN_MATVECS = 3
 """Fewer products do not tell an eigenvalue: two are right to 1 % on an MLP and 81 % off on a GPT."""
 
-
 WARM_MATVECS = 2
-"""Fewest products from an earlier eigenvector: two are right to 1.2 % where they look converged (four networks, 10
+"""Fewest products from an earlier eigenvector: two are right to 1.3 % where they look converged (four networks, 10
 updates later)."""
 
 WARM_RANDOM = 4.0
-"""Norm of the random part of a warm start in units of the eigenvector's. From .05 to 4 the products needed are the same
-and the error grows by less than .3 %, for most of H's spectrum lies near zero: one product wipes the random part out.
-What the size does buy is safety where the earlier vector is exactly that of a smaller eigenvalue. With 100,000
-dimensions and a tenfold larger one to be found, two products miss it in 15 of 20 runs at .3, 2 at 1, none at 4. One
-less than twice as large is missed at any of these sizes, and mostly by three products too."""
+"""Norm of the random part of a warm start in units of the eigenvector's. From .05 to 4 the products needed are the
+same or fewer and the errors alike (docs/performance.md), for most of H's spectrum lies near zero: one product wipes the
+random part out. What the size does buy is safety where the earlier vector is exactly that of a smaller eigenvalue. With
+100,000 dimensions and a tenfold larger one to be found, two products miss it in 15 of 20 runs at .3, 2 at 1, none at 4.
+One less than twice as large is missed at any of these sizes, and mostly by three products too."""
 
 COLD_MATVECS = 4
 """Fewest products where no earlier eigenvector is known: from the gradient, three can look converged at a smaller
