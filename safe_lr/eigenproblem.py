@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from safe_lr.lanczos import EigenEstimate, lanczos, start_vector
+from safe_lr.lanczos import EigenEstimate, Matvec, both_ends, lanczos, start_vector
 from safe_lr.movers import MeasurementFailed, Mover, ascends
 from safe_lr.operators import Curvature, Product
-
-
-def _same(v: Tensor) -> Tensor:
-    return v
-
 
 BOUNDS = ("lemma1", "coherence", "momentum")
 
 MIN_MATVECS = 3
 """Fewer products do not tell an eigenvalue: two are right to 1 % on an MLP and 81 % off on a GPT."""
 
+WARM_MATVECS = 2
+"""Fewest products from an earlier eigenvector: two are right to 1.3 % where they look converged (four networks, 10
+updates later)."""
+
+WARM_RANDOM = 4.0
+"""Norm of the random part of a warm start in units of the eigenvector's. From .05 to 4 the products needed are the
+same or fewer and the errors alike (docs/performance.md), for most of H's spectrum lies near zero: one product wipes the
+random part out. What the size does buy is safety where the earlier vector is exactly that of a smaller eigenvalue. With
+100,000 dimensions and a tenfold larger one to be found, two products miss it in 15 of 20 runs at .3, 2 at 1, none at 4.
+One less than twice as large is missed at any of these sizes, and mostly by three products too."""
 
 COLD_MATVECS = 4
 """Fewest products where no earlier eigenvector is known: from the gradient, three can look converged at a smaller
@@ -32,6 +38,25 @@ eigenvalue (18 % too small on a young 5 M GPT, less than 1 % with a fourth)."""
 DISAGREEMENT = 0.1
 """Relative difference of an eigenvector's products by two step sizes from which differences are not to be believed.
 The whole product is compared: over kinks (ReLU) eigenvalues alone can agree by chance, three times the right one."""
+
+
+def _is_one(p: Tensor) -> bool:
+    return p.ndim == 0 and float(p) == 1.0
+
+
+@dataclass(frozen=True)
+class _Scaling:
+    """D^1/2 and the decay, parameter by parameter; None stands for a P of one."""
+
+    roots: Sequence[Matvec | None]
+    scales: Sequence[float]
+    decay: Sequence[float]
+
+    def of(self, i: int, x: Tensor) -> Tensor:
+        """D^1/2 x of the i-th parameter: x itself where D is one, without a copy."""
+        root, scale = self.roots[i], self.scales[i]
+        x = x if root is None else root(x)
+        return x if scale == 1.0 else x * scale
 
 
 class Eigenproblem:
@@ -53,6 +78,7 @@ class Eigenproblem:
         tol: Relative residual at which a solve stops.
         max_matvecs: Largest number of products for all solves together.
         max_basis: Largest number of Krylov vectors kept at a time; None keeps all.
+        both_ends: Whether the smallest eigenvalue of H is found with its largest.
         cautious: Whether limits come from `upper` instead of `value`.
         seed: Seed of the start vectors.
         warm: Eigenvectors of an earlier measurement, by name.
@@ -69,12 +95,13 @@ class Eigenproblem:
         tol: float,
         max_matvecs: int,
         max_basis: int | None = None,
+        both_ends: bool = False,
         cautious: bool,
         seed: int,
         warm: dict[str, Tensor],
     ) -> None:
         self.curvature, self.tol, self.max_matvecs, self.cautious = curvature, tol, max_matvecs, cautious
-        self.seed, self.warm, self.max_basis = seed, warm, max_basis
+        self.seed, self.warm, self.max_basis, self.both_ends = seed, warm, max_basis, both_ends
         self.everyone = moving
         # A parameter that the loss does not use, or that got no gradient while others did, is not moved by the step.
         trained = any(m.grad is not None for m in moving)
@@ -89,16 +116,21 @@ class Eigenproblem:
         decays = [m.decay() for m in self.movers]
         self.l2 = [l2 for l2, _ in decays]
         self.decay = [m.share * decoupled for m, (_, decoupled) in zip(self.movers, decays, strict=True)]
-        self.roots, self.p = zip(*(m.root(g) for m, g in zip(self.movers, self.grads, strict=True)), strict=True)
+        roots, entries = zip(*(m.root(g) for m, g in zip(self.movers, self.grads, strict=True)), strict=True)
+        self.p: list[Tensor] = list(entries)
+        self.roots: list[Matvec | None] = [None if _is_one(p) else root for root, p in zip(roots, self.p, strict=True)]
         self.sizes = [m.values.numel() for m in self.movers]
         dtype = torch.float32
         for m in self.movers:
             dtype = torch.promote_types(dtype, m.values.dtype)
-        self.like = torch.empty(sum(self.sizes), dtype=dtype, device=self.movers[0].param.device)
+        # Shape, dtype and device of a vector, without its memory.
+        self.like = torch.empty(1, dtype=dtype, device=self.movers[0].param.device).expand(sum(self.sizes))
         self.num_matvecs = 0
         self.checks = int(curvature.again is not None)  # products that each solve ends with
-        self.idle: list[Tensor] | None = None  # coordinates with a zero row in H
+        self.smallest, self.smallest_in_shares = self._smallest_p()
+        self.smallest_curved: float | None = None  # known after the first product, and then P's entries may go
         self.vectors: dict[str, Tensor] = {}
+        self.lowest: EigenEstimate | None = None  # H's smallest
 
     def coming_steps(self, lr: float) -> list[Tensor | None]:
         """Each mover's change in a step of length lr, None where it stays; ends the problem and frees its graph."""
@@ -114,9 +146,10 @@ class Eigenproblem:
         Returns:
             `Measurement`'s figures by name.
         """
-        smallest, smallest_in_shares = self._smallest_p()
         reserved = MIN_MATVECS + self.checks if bound == "lemma1" else 0
-        gamma = self._top("gamma", [m.share for m in self.movers], reserved=reserved)
+        gamma = self._top(
+            "gamma", [m.share for m in self.movers], reserved=reserved, both=self.both_ends and self._plain
+        )
         limits: dict[str, float] = {}
         converged = gamma.converged
         for name, weights in (
@@ -129,8 +162,10 @@ class Eigenproblem:
                 converged = converged and top.converged
         sharpness = self._sharpness(gamma, needed=bound == "lemma1", wanted="lemma1" in also)
         if sharpness is not None:
-            limits["lemma1"] = 2 / (self._eigenvalue(sharpness) / smallest_in_shares + max(self.decay))
+            limits["lemma1"] = 2 / (self._eigenvalue(sharpness) / self.smallest_in_shares + max(self.decay))
             converged = converged and sharpness.converged
+        if self.lowest is not None:
+            converged = converged and self.lowest.converged
         for name, limit in limits.items():
             if not limit > 0:
                 raise MeasurementFailed(f"the limit under {name} is {limit:.3g}: is a weight decay negative?")
@@ -138,8 +173,9 @@ class Eigenproblem:
         return {
             "gradient_ratio": self._gradient_ratio(),
             "lambda_max": sharpness.value if sharpness is not None else None,
-            "p_min": self._smallest_curved_p(smallest),
-            "p_min_all": smallest,
+            "lambda_min": self.lowest.value if self.lowest is not None else None,
+            "p_min": self.smallest_curved,
+            "p_min_all": self.smallest,
             "p_eff": sharpness.value / gamma.value if sharpness is not None else None,
             "gamma": gamma.value,
             "limits": {name: limits[name] for name in BOUNDS if name in limits},
@@ -154,9 +190,9 @@ class Eigenproblem:
         """<training gradient, the closure's own> / <own, own>: about 1, k where k backward passes were added up."""
         if all(m.grad is None for m in self.movers):
             return None
-        trained, own = self._flat(self.grads), self._flat(self.own)
-        square = float(own @ own)
-        return float(trained @ own) / square if square > 0 else None
+        flats = ((self._flat([t]), self._flat([g])) for t, g in zip(self.grads, self.own, strict=True))
+        along, square = torch.stack([torch.stack([t @ g, g @ g]) for t, g in flats]).sum(0).tolist()
+        return along / square if square > 0 else None
 
     def _eigenvalue(self, estimate: EigenEstimate) -> float:
         return estimate.upper if self.cautious else estimate.value
@@ -176,11 +212,16 @@ class Eigenproblem:
         return self._top(name, scaled, self.decay, start=gamma.vector)
 
     def _sharpness(self, gamma: EigenEstimate, *, needed: bool, wanted: bool) -> EigenEstimate | None:
-        if all(p.ndim == 0 and float(p) == 1.0 for p in self.p) and {m.share for m in self.movers} == {1.0}:
-            return gamma  # P is one: the two are the same
-        if needed or (wanted and self._left() >= MIN_MATVECS + self.checks):
-            return self._top("lambda_max", None)
+        if self._plain:
+            return gamma
+        if needed or ((wanted or self.both_ends) and self._left() >= MIN_MATVECS + self.checks):
+            return self._top("lambda_max", None, both=self.both_ends)
         return None
+
+    @property
+    def _plain(self) -> bool:
+        """Whether P and all shares are one: gamma is then lambda_max."""
+        return not any(self.roots) and {m.share for m in self.movers} == {1.0}
 
     def _left(self) -> int:
         return self.max_matvecs - self.num_matvecs
@@ -193,25 +234,38 @@ class Eigenproblem:
         *,
         start: Tensor | None = None,
         reserved: int = 0,
+        both: bool = False,
     ) -> EigenEstimate:
         """The largest eigenvalue of D^1/2 H D^1/2 + diag(decay), D = weights / P (the identity without weights)."""
-        roots = self.roots if weights is not None else [_same] * len(self.p)
-        scales = [math.sqrt(w) for w in weights or [1.0] * len(self.p)]
-        warm = self.warm.get(name)
-        if warm is not None and warm.shape == self.like.shape:
-            start = warm
-        if start is None:
-            start = self._flat(
-                [root(m.real(g)) * s for s, root, g, m in zip(scales, roots, self.grads, self.movers, strict=True)]
-            )
-        estimate = lanczos(
-            lambda v: self._matvec(v, roots, scales, decay or [0.0] * len(scales)),
-            start_vector(self.like, self.seed, start),
-            tol=self.tol,
-            max_matvecs=max(MIN_MATVECS if self.checks else 1, self._left() - reserved - self.checks),
-            min_matvecs=MIN_MATVECS if start is warm else COLD_MATVECS,
-            max_basis=self.max_basis,
+        scaling = _Scaling(
+            self.roots if weights is not None else [None] * len(self.movers),
+            [math.sqrt(w) for w in weights or [1.0] * len(self.movers)],
+            decay or [0.0] * len(self.movers),
         )
+        warm = self.warm.get(name)
+        if warm is not None and warm.shape != self.like.shape:
+            warm = None
+        if warm is None and start is None:
+            start = self._flat(
+                [scaling.of(i, m.real(g)) for i, (m, g) in enumerate(zip(self.movers, self.grads, strict=True))]
+            )
+        if warm is None:
+            v0 = start_vector(self.like, self.seed, start)
+        else:
+            v0 = start_vector(self.like, self.seed, warm, random=WARM_RANDOM)
+        del start
+        options: dict[str, Any] = {
+            "tol": self.tol,
+            "max_matvecs": max(MIN_MATVECS if self.checks else 1, self._left() - reserved - self.checks),
+            "min_matvecs": COLD_MATVECS if warm is None else WARM_MATVECS,
+            "max_basis": self.max_basis,
+            "overwrite_v0": True,
+        }
+        matvec = functools.partial(self._matvec, scaling=scaling)
+        if both:
+            estimate, self.lowest = both_ends(matvec, v0, **options)
+        else:
+            estimate = lanczos(matvec, v0, **options)
         self.num_matvecs += estimate.num_matvecs
         if not math.isfinite(estimate.value):
             raise MeasurementFailed("the curvature is not finite", self.num_matvecs)
@@ -221,24 +275,18 @@ class Eigenproblem:
                 self.num_matvecs,
             )
         if self.checks:
-            self._check(estimate, roots, scales, decay or [0.0] * len(scales))
+            self._check(estimate, scaling)
         self.vectors[name] = estimate.vector
         return estimate
 
-    def _check(
-        self,
-        estimate: EigenEstimate,
-        roots: Sequence[Callable[[Tensor], Tensor]],
-        scales: Sequence[float],
-        decay: Sequence[float],
-    ) -> None:
+    def _check(self, estimate: EigenEstimate, scaling: _Scaling) -> None:
         """Makes the eigenvector's product once more, by other numbers, and compares.
 
             A' v - value v = (A' v - A v) + (A v - value v)
 
         The last term's norm is the residual: what is left of the first one's is an error of the products.
         """
-        found = self._matvec(estimate.vector, roots, scales, decay, self.curvature.again)
+        found = self._matvec(estimate.vector, scaling, self.curvature.again)
         self.num_matvecs += 1
         off = float(torch.linalg.vector_norm(found - estimate.value * estimate.vector))
         gap = (off - estimate.residual) / estimate.value
@@ -250,27 +298,22 @@ class Eigenproblem:
                 self.num_matvecs,
             )
 
-    def _matvec(
-        self,
-        v: Tensor,
-        roots: Sequence[Callable[[Tensor], Tensor]],
-        scales: Sequence[float],
-        decay: Sequence[float],
-        product: Product | None = None,
-    ) -> Tensor:
+    def _matvec(self, v: Tensor, scaling: _Scaling, product: Product | None = None) -> Tensor:
+        """Beside v, two more vectors live at once, of which one is returned; a third where l2 decay needs the parts."""
         parts = [
-            root(part.view(m.values.shape)) * s
-            for part, m, s, root in zip(torch.split(v, self.sizes), self.movers, scales, roots, strict=True)
+            scaling.of(i, part.view(m.values.shape))
+            for i, (part, m) in enumerate(zip(torch.split(v, self.sizes), self.movers, strict=True))
         ]
-        products = self._product(parts, product or self.curvature.product)
-        if self.idle is None:  # the start vector has a random part everywhere, so a zero here is a zero row
-            self.idle = [h == 0 for h in products]
-        out = [
-            root(self.sign * h + l2 * x) * s
-            for h, x, l2, s, root in zip(products, parts, self.l2, scales, roots, strict=True)
-        ]
+        out = self._product(parts, product or self.curvature.product)
+        if not any(self.l2):
+            parts = []
+        if self.smallest_curved is None:  # the start vector has a random part everywhere: a zero here is a zero row
+            self.smallest_curved, self.p = self._smallest_curved_p(out), []
+        for i, l2 in enumerate(self.l2):
+            h = out[i] if self.sign > 0 else -out[i]
+            out[i] = scaling.of(i, h.add(parts[i], alpha=l2) if l2 else h)
         flat = self._flat(out)
-        for part, old, d in zip(torch.split(flat, self.sizes), torch.split(v, self.sizes), decay, strict=True):
+        for part, old, d in zip(torch.split(flat, self.sizes), torch.split(v, self.sizes), scaling.decay, strict=True):
             if d:
                 part.add_(old, alpha=d)
         return flat
@@ -299,12 +342,13 @@ class Eigenproblem:
                 )
         return min(lowest), min(low / m.share for low, m in zip(lowest, self.movers, strict=True))
 
-    def _smallest_curved_p(self, smallest: float) -> float:
+    def _smallest_curved_p(self, products: Sequence[Tensor]) -> float:
+        """The smallest entry of P, without those that no gradient has met and whose row of H is zero."""
         curved = []
-        for m, p, idle in zip(self.movers, self.p, self.idle or [], strict=True):
+        for m, p, h in zip(self.movers, self.p, products, strict=True):
             floor = m.model.floor(m.group, m.real_state)
-            if floor is not None and p.shape == idle.shape:
-                p = p.masked_fill(idle & (p <= torch.tensor(floor, dtype=p.dtype, device=p.device)), math.inf)
+            if floor is not None and p.shape == h.shape:
+                p = p.masked_fill((h == 0) & (p <= torch.tensor(floor, dtype=p.dtype, device=p.device)), math.inf)
             curved.append(p.min().to(self.like))
         value = float(torch.stack(curved).min())
-        return value if math.isfinite(value) else smallest
+        return value if math.isfinite(value) else self.smallest

@@ -55,6 +55,7 @@ def lanczos(
     max_matvecs: int = 100,
     min_matvecs: int = 3,
     max_basis: int | None = None,
+    overwrite_v0: bool = False,
 ) -> EigenEstimate:
     """Estimates the largest algebraic (not largest in magnitude) eigenvalue of a symmetric operator.
 
@@ -68,16 +69,17 @@ def lanczos(
     is such a vector: it converges with residual 3e-16 to the *smallest* eigenvalue). See `start_vector`.
 
     Args:
-        matvec: v -> A v on vectors of shape (n,).
+        matvec: v -> A v on vectors of shape (n,). What it returns is changed in place, unless it is v itself.
         v0: Start vector, shape (n,), not zero; its dtype and device are the arithmetic's (the small eigenproblem is
             solved in float64 on the host). One host synchronisation per product.
         tol: Relative residual at which to stop.
         max_matvecs: Largest number of products.
         min_matvecs: Smallest number of products: a fortunate start may look converged after one.
         max_basis: Largest number of basis vectors, 2 at least. Where it is reached, the upper half of the Ritz vectors
-            stays and the rest goes (a thick restart). At most `max_basis + 2` vectors of shape (n,) then live at once,
+            stays and the rest goes (a thick restart). At most `max_basis + 1` vectors of shape (n,) then live at once,
             beside v0, which is the caller's, and what the matvec itself needs; products grow in number as the basis
             shrinks. None keeps all: one vector a product, and the fewest products.
+        overwrite_v0: Whether v0 may serve as one of those vectors, and lose what it holds.
 
     Returns:
         The estimate; `converged` False, and the residual as large as it is, where `max_matvecs` came first. The value
@@ -95,34 +97,96 @@ def lanczos(
     References:
         Lanczos 1950; Golub & Van Loan 2013, ch. 10; Paige 1971 for the residual bound; Wu & Simon 2000 for the restart.
     """
-    basis = [_unit(v0)]
-    if max_basis is not None and not (isinstance(max_basis, int) and max_basis >= 2):
-        raise ValueError(f"max_basis must be an integer of at least 2, or None for no bound; got {max_basis!r}")
-    projected, num_matvecs, eps = _Projected(), 0, torch.finfo(v0.dtype).eps
+    return _ends(matvec, v0, (-1,), tol, max_matvecs, min_matvecs, max_basis, overwrite_v0)[0]
+
+
+def both_ends(
+    matvec: Matvec,
+    v0: Tensor,
+    *,
+    tol: float = 1e-3,
+    max_matvecs: int = 100,
+    min_matvecs: int = 3,
+    max_basis: int | None = None,
+    overwrite_v0: bool = False,
+) -> tuple[EigenEstimate, EigenEstimate]:
+    """Estimates the largest and the smallest algebraic eigenvalue from one Krylov space.
+
+    As `lanczos`, continued until the smallest has converged too: to a residual of `tol * max(|value|, tol * |A|)`, for
+    an eigenvalue of nearly zero has no relative precision.
+
+    Args:
+        matvec: v -> A v on vectors of shape (n,).
+        v0: Start vector, shape (n,), with a random part: see `start_vector`.
+        tol: Relative residual at which to stop.
+        max_matvecs: Largest number of products.
+        min_matvecs: Smallest number of products.
+        max_basis: Largest number of basis vectors, 3 at least: a restart keeps both ends. None keeps all.
+        overwrite_v0: Whether v0 may serve as one of those vectors, and lose what it holds.
+
+    Returns:
+        The largest and the smallest; `num_matvecs` of each counts all products.
+
+    Raises:
+        ValueError: v0 is not a vector, or is zero or not finite; `max_basis` is below 3.
+
+    Example:
+        >>> diagonal = torch.tensor([3.0, 1.0, -7.0], dtype=torch.float64)
+        >>> [round(end.value, 9) for end in both_ends(lambda v: diagonal * v, torch.ones_like(diagonal))]
+        [3.0, -7.0]
+    """
+    top, bottom = _ends(matvec, v0, (-1, 0), tol, max_matvecs, min_matvecs, max_basis, overwrite_v0)
+    return top, bottom
+
+
+def _ends(
+    matvec: Matvec,
+    v0: Tensor,
+    ends: tuple[int, ...],
+    tol: float,
+    max_matvecs: int,
+    min_matvecs: int,
+    max_basis: int | None,
+    overwrite_v0: bool,
+) -> list[EigenEstimate]:
+    """The Ritz pairs at the ends, counted as in a list of rising values: -1 the largest, 0 the smallest."""
+    basis = [_unit(v0, overwrite_v0)]
+    least = 1 + len(ends)
+    if max_basis is not None and not (isinstance(max_basis, int) and max_basis >= least):
+        raise ValueError(f"max_basis must be an integer of at least {least}, or None for no bound; got {max_basis!r}")
+    projected, num_matvecs, n, info = _Projected(), 0, basis[0].numel(), torch.finfo(basis[0].dtype)
     while True:
         w, a, b = _expand(matvec, basis)
         num_matvecs += 1
         if not (math.isfinite(a) and math.isfinite(b)):
-            return EigenEstimate(math.nan, math.inf, basis[0], False, num_matvecs)
+            return [EigenEstimate(math.nan, math.inf, basis[0], False, num_matvecs)] * len(ends)
         projected.alphas.append(a)
         values, vectors = projected.ritz()
-        value, weights = float(values[-1]), vectors[:, -1]
-        residual = b * abs(float(weights[-1]))
-        scale = max(abs(float(values[0])), abs(value), torch.finfo(v0.dtype).tiny)
-        exhausted = b <= 10 * eps * scale or len(basis) == v0.numel()
-        if exhausted:
-            residual = min(residual, 10 * eps * scale)
-        converged = exhausted or (residual <= tol * abs(value) and num_matvecs >= min_matvecs)
-        if converged or num_matvecs >= max_matvecs:
+        scale = max(abs(float(values[0])), abs(float(values[-1])), info.tiny)
+        floor = 10 * info.eps * scale
+        exhausted = b <= floor or len(basis) == n
+        residuals = [min(r, floor) if exhausted else r for r in (b * abs(float(vectors[-1, end])) for end in ends)]
+        # The smallest may be nearly zero, and then has no relative precision.
+        sizes = [max(abs(float(values[end])), 0.0 if end else tol * scale) for end in ends]
+        good = [exhausted or r <= tol * size for r, size in zip(residuals, sizes, strict=True)]
+        if exhausted or (all(good) and num_matvecs >= min_matvecs) or num_matvecs >= max_matvecs:
             break
         if len(basis) == max_basis:
-            keep = max_basis // 2
-            _mix(basis, vectors[:, -keep:])
-            projected = _Projected(values[-keep:].tolist(), [], b * vectors[-1, -keep:])
+            low = max(1, max_basis // 4) if 0 in ends else 0
+            kept = [*range(low), *range(-max(1, max_basis // 2 - low), 0)]
+            _mix(basis, vectors[:, kept])
+            projected = _Projected(values[kept].tolist(), [], b * vectors[-1, kept])
         else:
             projected.betas.append(b)
         basis.append(w.div_(b))
-    return EigenEstimate(value, residual, _combined(basis, weights), bool(converged), num_matvecs)
+        del w  # in the basis only: a restart frees it there
+    del w
+    enough = exhausted or num_matvecs >= min_matvecs
+    found = zip(ends, residuals, good, strict=True)
+    return [
+        EigenEstimate(float(values[e]), r, _combined(basis, vectors[:, e]), bool(known and enough), num_matvecs)
+        for e, r, known in found
+    ]
 
 
 def several(
@@ -305,16 +369,18 @@ class _Projected:
         return np.linalg.eigh(matrix)  # it reads the lower half
 
 
-def _unit(v0: Tensor) -> Tensor:
+def _unit(v0: Tensor, overwrite: bool = False) -> Tensor:
     norm = float(torch.linalg.vector_norm(v0)) if v0.ndim == 1 else math.nan
     if not (math.isfinite(norm) and norm > 0):
         raise ValueError(f"v0 must be a finite, non-zero vector, got shape {tuple(v0.shape)} and norm {norm:g}")
-    return v0 / norm
+    return v0.div_(norm) if overwrite else v0 / norm
 
 
 def _expand(matvec: Matvec, basis: Sequence[Tensor], locked: Sequence[Tensor] = ()) -> tuple[Tensor, float, float]:
     """A times the last basis vector, less its part in the basis; T's next alpha and beta. One synchronisation."""
-    w = matvec(basis[-1]).clone()  # ours to change: a matvec may return its argument
+    w = matvec(basis[-1])
+    if w.untyped_storage().data_ptr() == basis[-1].untyped_storage().data_ptr():
+        w = w.clone()  # ours to change: a matvec may return its argument
     alpha = torch.dot(w, basis[-1])
     _without([*locked, *basis], w)
     a, b = torch.stack([alpha, torch.linalg.vector_norm(w)]).double().tolist()
@@ -346,8 +412,8 @@ def _mix(basis: list[Tensor], weights: Array) -> None:
     del basis[len(mix) :]
 
 
-def start_vector(like: Tensor, seed: int, direction: Tensor | None = None) -> Tensor:
-    """Returns `direction` plus a seeded random vector of the same norm; the random vector alone without a direction.
+def start_vector(like: Tensor, seed: int, direction: Tensor | None = None, *, random: float = 1.0) -> Tensor:
+    """Returns `direction` plus a seeded random vector; the random vector alone without a direction.
 
     A good direction (the preconditioned gradient, the last top eigenvector) saves products; the random part keeps a bad
     one from hiding the top eigenvector. Never touches a global random stream.
@@ -356,6 +422,7 @@ def start_vector(like: Tensor, seed: int, direction: Tensor | None = None) -> Te
         like: A vector of the wanted shape (n,), dtype and device.
         seed: Seed of the random part.
         direction: Shape (n,); ignored where it is zero or not finite.
+        random: Norm of the random part in units of the direction's.
 
     Returns:
         A vector of shape (n,) and unit norm.
@@ -371,9 +438,9 @@ def start_vector(like: Tensor, seed: int, direction: Tensor | None = None) -> Te
     if direction is not None:
         norm = float(torch.linalg.vector_norm(direction))
         if math.isfinite(norm) and norm > 0:
-            direction = direction.to(like) / norm
+            direction = direction.to(like)
             if float(torch.dot(vector, direction)) < 0:
-                vector = -vector  # never cancel the direction: in one dimension nothing would be left
-            vector = vector + direction
+                vector.neg_()  # never cancel the direction: in one dimension nothing would be left
+            vector.add_(direction, alpha=1 / (random * norm))
             vector /= torch.linalg.vector_norm(vector)
     return vector

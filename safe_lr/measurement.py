@@ -49,6 +49,7 @@ class Settings:
         max_matvecs: Largest number of products for one measurement.
         max_basis: Largest number of Krylov vectors kept at a time; None keeps all (one a product).
         cautious: Whether the limits come from `value + residual` (the scheduler) or from the value itself.
+        smallest: Whether H's smallest eigenvalue is found too, from the Krylov space of its largest.
 
     Raises:
         ValueError: A choice that does not exist (the message lists the choices), or a number out of range.
@@ -61,6 +62,7 @@ class Settings:
     max_matvecs: int = 500
     max_basis: int | None = None
     cautious: bool = False
+    smallest: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in (("bound", BOUNDS), ("curvature", CURVATURES), ("hvp", HVPS)):
@@ -76,6 +78,8 @@ class Settings:
             raise ValueError(f"hvp={self.hvp!r} is for curvature='hessian', got curvature={self.curvature!r}")
         if self.max_basis is not None and (not isinstance(self.max_basis, int) or self.max_basis < 2):
             raise ValueError(f"max_basis must be an integer of at least 2 (vectors), or None; got {self.max_basis!r}")
+        if self.smallest and self.max_basis == 2:
+            raise ValueError("smallest=True needs a max_basis of at least 3, for a restart keeps both ends; got 2")
         if self.max_matvecs < self.least_matvecs:
             raise ValueError(
                 f"max_matvecs must be at least {self.least_matvecs} under bound={self.bound!r}, for fewer products "
@@ -114,6 +118,8 @@ class Measurement:
     Attributes:
         bound: The bound behind `lr_limit`.
         lambda_max: Largest algebraic eigenvalue of H (with L2 decay), loss / parameter^2. None where not solved for.
+        lambda_min: Smallest algebraic eigenvalue of that matrix, to a residual of `tol * max(|lambda_min|, tol * |H|)`.
+            None where not asked for.
         p_min: Smallest entry of P, leaving out coordinates that carry no curvature (gradient so far exactly zero and a
             zero row in H).
         p_min_all: Smallest entry of P; Lemma 1 uses it.
@@ -141,6 +147,7 @@ class Measurement:
 
     bound: str = "momentum"
     lambda_max: float | None = None
+    lambda_min: float | None = None
     p_min: float | None = None
     p_min_all: float | None = None
     p_eff: float | None = None
@@ -189,6 +196,7 @@ def measure(
     tol: float = 1e-3,
     max_matvecs: int = 500,
     max_basis: int | None = None,
+    smallest: bool = False,
     preconditioner: str | Preconditioner | None = None,
     seed: int = 0,
 ) -> Measurement:
@@ -212,6 +220,8 @@ def measure(
         tol: Relative residual of the eigenvalues.
         max_matvecs: Largest number of products, over all eigenvalues.
         max_basis: Largest number of parameter-sized Krylov vectors kept at a time; None keeps one a product.
+        smallest: Whether to find H's smallest eigenvalue too (`lambda_min`): more products, in the Krylov space of its
+            largest.
         preconditioner: None for what is registered, "from-update" to infer P from an unknown optimizer's own update, or
             a `Preconditioner`.
         seed: Seed of the start vectors.
@@ -244,7 +254,7 @@ def measure(
             "measure() needs a closure that returns the loss: measure(optimizer, lambda: criterion(model(x), y))"
         )
     as_list(closure, "measure()")
-    settings = Settings(bound, curvature, hvp, tol, max_matvecs, max_basis)
+    settings = Settings(bound, curvature, hvp, tol, max_matvecs, max_basis, smallest=smallest)
     lrs = [float(group["lr"]) for group in ensemble.param_groups]
     initial = [float(group.get("initial_lr", group["lr"])) for group in ensemble.param_groups]
     moving = movers(ensemble, shares(lrs, initial)[1])
@@ -347,6 +357,7 @@ def _solved(
         tol=settings.tol,
         max_matvecs=settings.max_matvecs,
         max_basis=settings.max_basis,
+        both_ends=settings.smallest,
         cautious=settings.cautious,
         seed=seed,
         warm=warm,

@@ -64,6 +64,12 @@ def test_our_rows_converge_to_the_truth(point: Point, preconditioned: bool) -> N
     assert found.upper is not None and found.upper >= found.value
 
 
+def test_cost_does_not_grow_with_the_data_set() -> None:
+    small, large = curvature.data_sets(quick=True)
+    assert large["examples"] == 16 * small["examples"]
+    assert large["num_matvecs"] == pytest.approx(small["num_matvecs"], abs=1)
+
+
 def test_every_kind_of_trace_is_named(point: Point) -> None:
     changes: dict[str, Callable[[], object]] = {
         "parameters": lambda: point.params[0].data.add_(1e-6),
@@ -139,7 +145,10 @@ def test_quick_curvature_benchmark(
     out = tmp_path / "deep" / "result.json"
     monkeypatch.setattr("sys.argv", ["curvature", "--quick", "--json", str(out)])
     curvature.main()
-    check_curvature(json.loads(out.read_text()))
+    result = json.loads(out.read_text())
+    check_curvature(result)
+    assert [row["examples"] for row in result["data"]] == [64, 1024]
+    assert {row["batch"] for row in result["data"]} == {16}
     assert "upper >= truth" in capsys.readouterr().out
 
 

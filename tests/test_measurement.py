@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +13,14 @@ import scipy.linalg
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import safe_lr
-from safe_lr.movers import shares
+from safe_lr.eigenproblem import Eigenproblem
+from safe_lr.ensemble import Ensemble
+from safe_lr.movers import movers, shares
+from safe_lr.operators import exact_hessian
 from safe_lr.preconditioners import preconditioner_of
 from tests.cases import CASES, Case, quadratic
 
@@ -210,6 +216,88 @@ def test_network_against_a_dense_eigensolver(network: str, optimizer: str) -> No
     if optimizer != "SGD":
         flat = (p <= float(torch.tensor(opt.param_groups[0].get("eps", 0.0)))) & (h.abs().sum(1) == 0)
         assert found.p_min == pytest.approx(float(p[~flat].min()), rel=1e-4)
+
+
+@pytest.mark.parametrize("max_basis", [3, None])
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+@pytest.mark.parametrize("network", ["mlp", "transformer"])
+def test_smallest_eigenvalue_against_a_dense_eigensolver(network: str, optimizer: str, max_basis: int | None) -> None:
+    """Of H, indefinite, whatever P is; the rest of the measurement stays as it is."""
+    model, closure = make(network)
+    opt = getattr(torch.optim, optimizer)(model.parameters(), lr=1e-3)
+    opt.zero_grad()
+    closure().backward()
+    opt.step()
+    rng = torch.get_rng_state()
+    plain = safe_lr.measure(opt, closure)
+    found = safe_lr.measure(opt, closure, smallest=True, max_basis=max_basis, max_matvecs=5000)
+    torch.set_rng_state(rng)
+    truth = torch.linalg.eigvalsh(dense(closure, list(model.parameters()))[1])
+    assert truth[0] < 0
+    assert plain.lambda_min is None
+    assert found.lambda_min == pytest.approx(float(truth[0]), rel=1e-3)
+    assert found.lambda_max == pytest.approx(float(truth[-1]), rel=1e-3)
+    assert found.gamma == pytest.approx(plain.gamma, rel=1e-3)
+    assert found.converged
+    assert found.num_matvecs > plain.num_matvecs  # from the same space, continued: its cost is counted
+    assert found.cost == 1 + 2 * found.num_matvecs
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_smallest_eigenvalue_of_a_quadratic(maximize: bool) -> None:
+    w = nn.Parameter(torch.ones(4, dtype=torch.float64))
+    h = torch.tensor([5.0, 1.0, -2.0, 0.5], dtype=torch.float64)
+    sign = -1 if maximize else 1
+    found = safe_lr.measure(
+        torch.optim.SGD([w], lr=0.1, weight_decay=0.25, maximize=maximize), lambda: sign * h @ w**2 / 2, smallest=True
+    )
+    assert (found.lambda_max, found.lambda_min) == (pytest.approx(5.25), pytest.approx(-1.75))
+    with pytest.raises(ValueError, match="smallest=True needs a max_basis of at least 3.*got 2"):
+        safe_lr.measure(torch.optim.SGD([w], lr=0.1), lambda: h @ w**2, smallest=True, max_basis=2)
+
+
+class Bytes(TorchDispatchMode):
+    """The most bytes at once in storages of torch's operators under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {id_of(t) for t in args if isinstance(t, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        self.alive = {k: (ref, size) for k, (ref, size) in self.alive.items() if not ref.expired()}
+        for t in out if isinstance(out, (list, tuple)) else [out]:
+            if isinstance(t, Tensor) and id_of(t) not in given:
+                self.alive[id_of(t)] = StorageWeakRef(t.untyped_storage()), t.untyped_storage().nbytes()
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return out
+
+
+def id_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+@pytest.mark.parametrize(("optimizer", "most"), [("SGD", 4.0), ("Adam", 5.0)])
+def test_vectors_that_live_at_once(optimizer: str, most: float) -> None:
+    """Beside parameters, optimizer and the gradient's graph; forty layers, whose own temporaries weigh little."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(layer for _ in range(40) for layer in (nn.Linear(100, 100, bias=False), nn.Tanh())))
+    opt = getattr(torch.optim, optimizer)(model.parameters(), lr=1e-3)
+    x = torch.randn(1, 100)
+    model(x).square().sum().backward()
+    opt.step()
+    moving = movers(Ensemble(opt), [1.0])
+    curvature = exact_hessian(model(x).square().sum(), list(model.parameters()))
+    with Bytes() as counted:
+        problem = Eigenproblem(
+            moving, curvature, tol=1e-4, max_matvecs=100, max_basis=2, cautious=True, seed=0, warm={}
+        )
+        found = problem.solve("momentum")
+    assert found["converged"]
+    assert problem.num_matvecs > 4  # it restarted
+    assert counted.peak / (4 * 40 * 100 * 100) <= most + 0.1
 
 
 def test_p_min_leaves_out_dead_coordinates_only() -> None:
