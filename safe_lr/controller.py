@@ -6,12 +6,15 @@ from safe_lr.accounts import State
 from safe_lr.measurement import COST_OF_LOSS, Measurement
 from safe_lr.policies import (
     FREE_UPDATES,
+    NOISE_LIMIT,
+    SEARCHES,
     SETTLED,
     TRIAL_PART,
     Policy,
     affordable,
     learned_growth,
     learned_margin,
+    mean_limit,
     next_cap,
     next_gap,
     next_retry,
@@ -92,10 +95,28 @@ class Controller:
         """
         return min(lr_ref, shape * self.cap_under(lr_limit))
 
-    def lr_to_try(self, lr_limit: float, lr_ref: float, shape: float = 1.0) -> float | None:
-        """Returns the lengthened lr to try on the batch, None where there is nothing to learn."""
-        planned = self.planned(lr_limit, lr_ref, shape)
-        return planned / self.policy.trial_slack if self.policy.learns and planned > 0 else None
+    def in_force(self, measured: float) -> float:
+        """Returns the limit to act on: the measured one; with a learned margin its mean over measurements."""
+        if not self.policy.learns:
+            return measured
+        before = self.state.figures.get("lr_limit")
+        return mean_limit(before, measured, free=self.state.updates < FREE_UPDATES)
+
+    def lr_to_try(self, found: Measurement, lr_ref: float, shape: float = 1.0) -> float | None:
+        """Returns the lengthened lr to try on the batch next, None where there is nothing (more) to learn.
+
+        In a young run, half of the last one as long as that failed.
+        """
+        planned = self.planned(self.in_force(found.lr_limit), lr_ref, shape)
+        if not (self.policy.learns and planned > 0):
+            return None
+        first = planned / self.policy.trial_slack
+        if found.trial_lr is None:
+            return first
+        young = self.state.updates < FREE_UPDATES and found.trial_lr > first / 2**SEARCHES
+        if not (young and found.trial_failed and self.affordable(alarm=True) - found.cost >= COST_OF_LOSS):
+            return None
+        return found.trial_lr / 2
 
     def follow(self, flips: list[float | None]) -> None:
         """Carries the limit over to the coming step: gamma stays until it is measured again, c is known at each.
@@ -122,7 +143,7 @@ class Controller:
         """Takes a measurement in: moves margin, cap and the time of the next one.
 
         Args:
-            found: The measurement. One that failed moves nothing but that time.
+            found: The measurement, `lr_limit` being the limit in force. One that failed moves nothing but that time.
             lr_ref: The lr that is wanted.
             jump: What looked wrong, if anything did.
             shape: See `planned`.
@@ -155,23 +176,30 @@ class Controller:
 
     def _learn(self, found: Measurement, lr_ref: float, jump: str | None, shape: float) -> tuple[bool, str | None]:
         failed = found.trial_failed
-        if failed is None:
+        if failed is None or found.trial_lr is None:
             return False, None
-        self.state.stalled = failed
+        planned, reached = self.planned(found.lr_limit, lr_ref, shape), found.trial_lr * self.policy.trial_slack
+        searched = reached < 0.9 * planned
+        failed = self.state.stalled = failed or searched
         old = self.state.margin
         self.state.margin = learned_margin(
             old,
-            planned=self.planned(found.lr_limit, lr_ref, shape),
+            planned=planned,
             desired=lr_ref,
             lr_limit=found.lr_limit,
             trial_failed=failed,
             alarm=jump is not None,
             margin_max=self.policy.margin_max,
+            least=self.policy.least_margin(max((c for c in self.state.flips if c is not None), default=NOISE_LIMIT)),
+            found=reached if searched else None,
         )
         if self.state.margin == old:
             return failed, None
+        times = f"{1 / self.policy.trial_slack:.3g} times"
         why = jump or (
-            f"a trial step {1 / self.policy.trial_slack:.3g} times as long (lr {found.trial_lr:.3g}) would move the "
-            f"batch's loss from {found.loss:.4g} to {found.trial_loss:.4g}"
+            f"no trial step longer than lr {found.trial_lr:.3g} lowers the batch's loss"
+            if searched and not found.trial_failed
+            else f"a trial step {times} as long (lr {found.trial_lr:.3g}) would move the batch's loss from "
+            f"{found.loss:.4g} to {found.trial_loss:.4g}"
         )
         return failed, f"margin {old:.3g} -> {self.state.margin:.3g}: {why}"

@@ -134,7 +134,7 @@ class Eigenproblem:
 
     def coming_steps(self, lr: float) -> list[Tensor | None]:
         """Each mover's change in a step of length lr, None where it stays; ends the problem and frees its graph."""
-        del self.curvature
+        self.__dict__.pop("curvature", None)
         grads = iter(self.grads)
         return [
             m.coming_step(next(grads), lr) if keep else None for m, keep in zip(self.everyone, self.kept, strict=True)

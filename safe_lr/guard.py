@@ -368,7 +368,7 @@ class CoherenceGuard:
                 budget=control.affordable(alarm=alarm),
                 fixed=self._probe is not None,
                 search_from=self.rates.lr_ref / self.policy.trial_slack,
-                try_lr=lambda found: control.lr_to_try(found.lr_limit, lr_ref, shape),
+                try_lr=lambda found: control.lr_to_try(found, lr_ref, shape),
             )
             if found.note == UNSCALED:
                 self._warn_once("scaled", f"safe_lr could not measure: {found.failure}.")
@@ -423,6 +423,7 @@ class CoherenceGuard:
         before = self.rates.applied[group]
         if found.failure is None:
             self._instrument.keep(found)
+            found = replace(found, lr_limit=self._controller.in_force(found.lr_limit))
             state.flips, state.moving = self._flips(), self.ensemble.moving()
         _, moved = self._controller.settle(found, lr_ref=self.rates.wanted, jump=jump, shape=self.rates.shape)
         self.apply()

@@ -287,7 +287,8 @@ def measure_step(
         also: Bounds to solve for beside the chosen one (those that come free are always there).
         warm: Eigenvectors of an earlier measurement, by name.
         check: Whether to evaluate the loss twice and note where the two differ.
-        try_lr: Given the finished measurement, the lr (in units of lr_ref) to try on the batch, or None for no trial.
+        try_lr: Given the finished measurement, the lr (in units of lr_ref) to try on the batch next; asked again after
+            each trial until it is None.
     """
     started = time.perf_counter()
     found = Measurement(bound=settings.bound, curvature=settings.curvature)
@@ -303,10 +304,10 @@ def measure_step(
                     found = replace(found, cost=found.cost + COST_OF_LOSS)
                     if not objective.deterministic(found.loss or math.nan):
                         found = replace(found, note=NOT_DETERMINISTIC)
-                lr = try_lr(found) if try_lr is not None else None
-                if lr is not None:
+                steps = problem.coming_steps
+                while try_lr is not None and (lr := try_lr(found)) is not None:
                     found = replace(found, cost=found.cost + COST_OF_LOSS)
-                    found = replace(found, trial_lr=lr, trial_loss=objective.loss_after(problem.coming_steps(lr)))
+                    found = replace(found, trial_lr=lr, trial_loss=objective.loss_after(steps(lr)))
         except MeasurementFailed as failed:
             found = replace(found, failure=str(failed), num_matvecs=failed.num_matvecs, cost=found.cost + failed.cost)
         except ArithmeticError as failed:

@@ -9,12 +9,26 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-MARGIN_START = 0.5
-"""Where the learned margin starts: a real run goes up to .1-1 of the limit with Adam, above 1 with RMSprop."""
+MARGIN_START = 2.0
+"""Where the learned margin starts. A tuned RMSprop or Adagrad runs at 1-4 times the limit of its small batches, a tuned
+Adam at .1-.5 (benchmarks/lr_robustness.py): too large a start is cut by the first trial steps, too small a one starves
+the run for good."""
 
-MARGIN_MIN = 0.2
-"""Below a fifth of the limit it is the noise of one batch that makes trial steps fail, not the curvature, and cutting
-further starves the run: at a twentieth the demo ends 4-7 % behind."""
+MARGIN_MIN = 0.05
+"""The learned margin's floor after an alarm."""
+
+NOISE_LIMIT = 2.0
+"""A failed trial step does not cut the margin below NOISE_LIMIT / c, where the cap is 2 / gamma, the limit without
+momentum. What momentum adds to that (19 times as much with Adam) holds for steady gradients and must prove itself;
+below it, it is the noise of one batch that makes trial steps fail, and cutting further starves the run."""
+
+MEMORY = 0.5
+"""Weight of a new measurement in the (geometric) mean limit that a learned margin is a margin of. Over batches the limit
+varies by a factor of two and more; a cap that falls at once and rises slowly would follow its low side."""
+
+SEARCHES = 6
+"""Halvings of the trial step in a young run: the limit rises a hundredfold within ten updates there, and a margin that
+was right for the first ones would let lr overshoot."""
 
 MARGIN_MAX_LEAST = 0.05
 """The smallest `margin_max`; one below MARGIN_MIN is then the margin."""
@@ -43,11 +57,11 @@ SETTLED = 1e-4
 RESERVE = 0.25
 """Part of `credit` kept for alarms, so that routine measurements early in a run cannot spend what a spike will need."""
 
-GAP_FIRST = 4
-"""Updates between the first two routine measurements; meanwhile trial steps and the update rule move the cap."""
+GAP_FIRST = 2
+"""Updates between the first two routine measurements: with Adam the limit then rises a hundredfold."""
 
-GAP_FACTOR = 3
-"""Growth of that gap: measurements at 0, 4, 16, 52, 160 spend the usual credit just as `max_overhead` takes over."""
+GAP_FACTOR = 2.5
+"""Growth of that gap: measurements at 0, 2, 7, 19, 49, 124 spend the usual credit just as `max_overhead` takes over."""
 
 TRIAL_PART = 0.25
 """Part of the budget that trial steps between measurements may take; the rest keeps the limit itself fresh."""
@@ -125,6 +139,10 @@ class Policy:
         """The margin before anything was learned."""
         return min(MARGIN_START, self.margin_max) if self.margin == "auto" else float(self.margin)
 
+    def least_margin(self, flip: float) -> float:
+        """Returns the floor of the learned margin under failed trial steps, for the update rule's constant c."""
+        return min(NOISE_LIMIT / flip, self.margin_max)
+
 
 def next_cap(cap: float | None, target: float, growth: float, *, free: bool) -> float:
     """Returns the cap of the coming update: down to the target at once, up by at most `growth`.
@@ -170,6 +188,8 @@ def learned_margin(
     trial_failed: bool,
     alarm: bool,
     margin_max: float,
+    least: float = MARGIN_MIN,
+    found: float | None = None,
 ) -> float:
     """Returns the margin after one trial step.
 
@@ -184,6 +204,8 @@ def learned_margin(
         trial_failed: Whether the loss would rise or be not finite.
         alarm: Whether the gradients looked wrong.
         margin_max: Largest margin.
+        least: What a failed trial step may cut it to; an alarm cuts to MARGIN_MIN.
+        found: The lr below the planned one that a search found to be fine; None without one.
 
     Example:
         >>> learned_margin(0.6, planned=0.6, desired=9.0, lr_limit=1.0, trial_failed=True, alarm=False, margin_max=8)
@@ -191,12 +213,30 @@ def learned_margin(
         >>> learned_margin(0.6, planned=0.3, desired=0.3, lr_limit=1.0, trial_failed=False, alarm=False, margin_max=8)
         0.6
     """
+    floor = MARGIN_MIN if alarm else least
+    if found is not None and found < planned and not alarm:
+        return min(margin, max(floor, found / lr_limit))
     if trial_failed or alarm:
         used = planned / lr_limit if planned > 0 else margin
-        return min(margin, max(MARGIN_MIN, min(margin, used) / MARGIN_DOWN))
+        return min(margin, max(floor, min(margin, used) / MARGIN_DOWN))
     if planned < desired and planned >= BINDING * margin * lr_limit:
         return max(margin, min(margin_max, margin * MARGIN_UP))
     return margin
+
+
+def mean_limit(before: float | None, measured: float, *, free: bool) -> float:
+    """Returns the limit that a learned margin is a margin of: a running geometric mean of the measured ones.
+
+    Args:
+        before: The mean so far, None before the first measurement.
+        measured: The newest.
+        free: Whether the run is so young that only the newest counts.
+
+    Example:
+        >>> mean_limit(None, 4.0, free=False), mean_limit(1.0, 4.0, free=True), mean_limit(1.0, 4.0, free=False)
+        (4.0, 4.0, 2.0)
+    """
+    return measured if before is None or free else before ** (1 - MEMORY) * measured**MEMORY
 
 
 def next_gap(gap: int, *, alarm: bool, trial_failed: bool) -> int:
@@ -210,13 +250,13 @@ def next_gap(gap: int, *, alarm: bool, trial_failed: bool) -> int:
 
     Example:
         >>> next_gap(0, alarm=False, trial_failed=False), next_gap(12, alarm=False, trial_failed=False)
-        (4, 36)
+        (2, 30)
         >>> next_gap(12, alarm=True, trial_failed=False), next_gap(12, alarm=False, trial_failed=True)
-        (4, 12)
+        (2, 12)
     """
     if alarm or gap == 0:
         return GAP_FIRST
-    return gap if trial_failed else GAP_FACTOR * gap
+    return gap if trial_failed else round(GAP_FACTOR * gap)
 
 
 def next_retry(retry: int) -> int:
