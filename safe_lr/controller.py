@@ -28,6 +28,7 @@ class Controller:
     Args:
         policy: The settings.
         least_cost: Gradient evaluations below which no measurement is worth starting.
+        adaptive: Whether P is made of gradients.
 
     Attributes:
         state: What a resumed run must remember.
@@ -42,8 +43,8 @@ class Controller:
         (False, 0.1)
     """
 
-    def __init__(self, policy: Policy, least_cost: float) -> None:
-        self.policy, self.least_cost = policy, least_cost
+    def __init__(self, policy: Policy, least_cost: float, *, adaptive: bool = False) -> None:
+        self.policy, self.least_cost, self.adaptive = policy, least_cost, adaptive
         self.state = State(margin=policy.first_margin, expected_cost=least_cost)
 
     def restore(self, state: State) -> None:
@@ -174,6 +175,10 @@ class Controller:
         state.cap = self.cap_under(tried.lr_limit)
         return moved
 
+    def _flip(self) -> float:
+        """The largest c of the parameters that move."""
+        return max((c for c in self.state.flips if c is not None), default=NOISE_LIMIT)
+
     def _learn(self, found: Measurement, lr_ref: float, jump: str | None, shape: float) -> tuple[bool, str | None]:
         failed = found.trial_failed
         if failed is None or found.trial_lr is None:
@@ -190,7 +195,7 @@ class Controller:
             trial_failed=failed,
             alarm=jump is not None,
             margin_max=self.policy.margin_max,
-            least=self.policy.least_margin(max((c for c in self.state.flips if c is not None), default=NOISE_LIMIT)),
+            least=self.policy.least_margin(self._flip(), adaptive=self.adaptive),
             found=reached if searched else None,
         )
         if self.state.margin == old:

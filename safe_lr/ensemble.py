@@ -84,6 +84,11 @@ class Ensemble:
         return {model.kind for model in self.models}
 
     @property
+    def adaptive(self) -> bool:
+        """Whether some member's P is made of gradients."""
+        return any(model.second_moments for model in self.models)
+
+    @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The groups of all, in order."""
         return [group for optimizer in self.members for group in optimizer.param_groups]

@@ -22,9 +22,13 @@ NOISE_LIMIT = 2.0
 momentum. What momentum adds to that (19 times as much with Adam) holds for steady gradients and must prove itself;
 below it, it is the noise of one batch that makes trial steps fail, and cutting further starves the run."""
 
+SMALL_BATCH = 2.0
+"""That floor is this many times higher where P is made of gradients: a gamma measured on a training batch is then two
+to four times that of a large one (RMSprop; with SGD batches of all sizes agree)."""
+
 MEMORY = 0.5
-"""Weight of a new measurement in the (geometric) mean limit that a learned margin is a margin of. Over batches the limit
-varies by a factor of two and more; a cap that falls at once and rises slowly would follow its low side."""
+"""Weight of a new measurement in the (geometric) mean limit that a learned margin is a margin of. Over batches limits
+vary by a factor of two and more; a cap that falls at once and rises slowly would follow its low side."""
 
 SEARCHES = 6
 """Halvings of the trial step in a young run: the limit rises a hundredfold within ten updates there, and a margin that
@@ -139,9 +143,18 @@ class Policy:
         """The margin before anything was learned."""
         return min(MARGIN_START, self.margin_max) if self.margin == "auto" else float(self.margin)
 
-    def least_margin(self, flip: float) -> float:
-        """Returns the floor of the learned margin under failed trial steps, for the update rule's constant c."""
-        return min(NOISE_LIMIT / flip, self.margin_max)
+    def least_margin(self, flip: float, *, adaptive: bool) -> float:
+        """Returns the floor of the learned margin under failed trial steps.
+
+        Args:
+            flip: The update rule's constant c.
+            adaptive: Whether P is made of gradients.
+
+        Example:
+            >>> Policy().least_margin(38.0, adaptive=False), Policy().least_margin(2.0, adaptive=True)
+            (0.05263157894736842, 2.0)
+        """
+        return min((SMALL_BATCH if adaptive else 1.0) * NOISE_LIMIT / flip, self.margin_max)
 
 
 def next_cap(cap: float | None, target: float, growth: float, *, free: bool) -> float:
