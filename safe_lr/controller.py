@@ -96,19 +96,22 @@ class Controller:
         """
         return min(lr_ref, shape * self.cap_under(lr_limit))
 
-    def in_force(self, measured: float) -> float:
-        """Returns the limit to act on: the measured one; with a learned margin its mean over measurements."""
-        if not self.policy.learns:
+    def in_force(self, measured: float, *, alarm: bool = False) -> float:
+        """Returns the limit to act on: the measured one; with a learned margin its mean over measurements.
+
+        Unless something looked wrong: then the newest alone counts.
+        """
+        if not self.policy.learns or alarm:
             return measured
         before = self.state.figures.get("lr_limit")
         return mean_limit(before, measured, free=self.state.updates < FREE_UPDATES)
 
-    def lr_to_try(self, found: Measurement, lr_ref: float, shape: float = 1.0) -> float | None:
+    def lr_to_try(self, found: Measurement, lr_ref: float, shape: float = 1.0, *, alarm: bool = False) -> float | None:
         """Returns the lengthened lr to try on the batch next, None where there is nothing (more) to learn.
 
         In a young run, half of the last one as long as that failed.
         """
-        planned = self.planned(self.in_force(found.lr_limit), lr_ref, shape)
+        planned = self.planned(self.in_force(found.lr_limit, alarm=alarm), lr_ref, shape)
         if not (self.policy.learns and planned > 0):
             return None
         first = planned / self.policy.trial_slack

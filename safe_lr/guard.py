@@ -368,7 +368,7 @@ class CoherenceGuard:
                 budget=control.affordable(alarm=alarm),
                 fixed=self._probe is not None,
                 search_from=self.rates.lr_ref / self.policy.trial_slack,
-                try_lr=lambda found: control.lr_to_try(found, lr_ref, shape),
+                try_lr=lambda found: control.lr_to_try(found, lr_ref, shape, alarm=alarm),
             )
             if found.note == UNSCALED:
                 self._warn_once("scaled", f"safe_lr could not measure: {found.failure}.")
@@ -382,7 +382,7 @@ class CoherenceGuard:
         state.measurements += 1
         state.count(found)
         self.last_measurement = replace(found, vectors={})
-        if not _neighbours.alone(self) and _neighbours.sharing(self):
+        if not _neighbours.alone(self) and _neighbours.newly_sharing(self):
             self._warn_once(
                 "joint",
                 "two safe_lr schedulers act on one loss, each as if the other's parameters stood still. Their joint "
@@ -423,7 +423,7 @@ class CoherenceGuard:
         before = self.rates.applied[group]
         if found.failure is None:
             self._instrument.keep(found)
-            found = replace(found, lr_limit=self._controller.in_force(found.lr_limit))
+            found = replace(found, lr_limit=self._controller.in_force(found.lr_limit, alarm=jump is not None))
             state.flips, state.moving = self._flips(), self.ensemble.moving()
         _, moved = self._controller.settle(found, lr_ref=self.rates.wanted, jump=jump, shape=self.rates.shape)
         self.apply()

@@ -34,6 +34,7 @@ class Neighbours:
 
     def __init__(self) -> None:
         self._alive: weakref.WeakKeyDictionary[Guarding, set[int]] = weakref.WeakKeyDictionary()
+        self._told: weakref.WeakSet[Guarding] = weakref.WeakSet()
 
     def join(self, guard: Guarding) -> None:
         """Adds a guard."""
@@ -56,6 +57,13 @@ class Neighbours:
         """Notes which parameters a guard's loss reaches."""
         if not self._alive[guard]:
             self._alive[guard] = {id(leaf) for leaf in leaves(loss)}
+
+    def newly_sharing(self, guard: Guarding) -> bool:
+        """Whether the guard shares its loss with one that this was not yet said of."""
+        others = self.sharing(guard)
+        new = any(guard not in self._told or other not in self._told for other in others)
+        self._told.update([guard, *others] if others else [])
+        return new
 
     def sharing(self, guard: Guarding) -> list[Guarding]:
         """Returns the others on the same loss: each one's loss reaches the other's parameters.

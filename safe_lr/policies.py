@@ -67,6 +67,9 @@ GAP_FIRST = 2
 GAP_FACTOR = 2.5
 """Growth of that gap: measurements at 0, 2, 7, 19, 49, 124 spend the usual credit just as `max_overhead` takes over."""
 
+LONGEST_GAP = 10**9
+"""Where gaps stop growing, far beyond any run."""
+
 TRIAL_PART = 0.25
 """Part of the budget that trial steps between measurements may take; the rest keeps the limit itself fresh."""
 
@@ -269,7 +272,7 @@ def next_gap(gap: int, *, alarm: bool, trial_failed: bool) -> int:
     """
     if alarm or gap == 0:
         return GAP_FIRST
-    return gap if trial_failed else round(GAP_FACTOR * gap)
+    return gap if trial_failed else round(GAP_FACTOR * min(gap, LONGEST_GAP))
 
 
 def next_retry(retry: int) -> int:

@@ -514,7 +514,7 @@ def test_a_trial_that_raises_costs_what_it_cost_and_loses_no_limit() -> None:
 
     bowl.run(1, no_memory_for_a_second_graph)  # the limit stands, only the trial is missing
     assert bowl.guard.summary().cost >= 1 + 2 * 2  # a graph, a product or two for each of two eigenvalues
-    assert bowl.inside == [pytest.approx(CAP, rel=0.11)]
+    assert bowl.inside == [pytest.approx(min(1.0, MARGIN_START * CAP / 0.5), rel=0.11)]
 
 
 # ---- more of what must not happen
@@ -805,7 +805,7 @@ def _pair() -> tuple[list[nn.Parameter], list[CoherenceGuard]]:
 def test_two_guards_on_one_loss_draw_one_warning() -> None:
     (a, b), guards = _pair()
     seen = []
-    for _ in range(4):
+    for _ in range(8):
         loss = (a * a + 1.9 * a * b + b * b).sum()
         loss.backward()
         for guard in guards:

@@ -85,7 +85,7 @@ def test_learned_margin(
 
 
 def test_gaps() -> None:
-    assert [next_gap(9, alarm=a, trial_failed=f) for a, f in ((0, 0), (0, 1), (1, 0), (1, 1))] == [27, 9, 4, 4]
+    assert [next_gap(9, alarm=a, trial_failed=f) for a, f in ((0, 0), (0, 1), (1, 0), (1, 1))] == [22, 9, 2, 2]
     longest = {share: next_trial_gap(10**6, failed=False, max_overhead=share) for share in (0.05, 0.0, 1.0)}
     assert longest == {0.05: 54, 0.0: 1000, 1.0: 3}
     assert 2 / 3 / longest[0.05] <= policies.TRIAL_PART * 0.05
