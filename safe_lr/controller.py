@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from safe_lr.accounts import State
 from safe_lr.measurement import COST_OF_LOSS, Measurement
 from safe_lr.policies import (
     FREE_UPDATES,
+    MARGIN_SEARCHED,
     NOISE_LIMIT,
     SEARCHES,
     SETTLED,
@@ -29,6 +32,7 @@ class Controller:
         policy: The settings.
         least_cost: Gradient evaluations below which no measurement is worth starting.
         adaptive: Whether P is made of gradients.
+        searched: Whether the limit is found by trial steps instead of measured.
 
     Attributes:
         state: What a resumed run must remember.
@@ -43,7 +47,9 @@ class Controller:
         (False, 0.1)
     """
 
-    def __init__(self, policy: Policy, least_cost: float, *, adaptive: bool = False) -> None:
+    def __init__(self, policy: Policy, least_cost: float, *, adaptive: bool = False, searched: bool = False) -> None:
+        if searched and policy.learns:
+            policy = replace(policy, margin_max=min(policy.margin_max, MARGIN_SEARCHED))
         self.policy, self.least_cost, self.adaptive = policy, least_cost, adaptive
         self.state = State(margin=policy.first_margin, expected_cost=least_cost)
 

@@ -14,6 +14,9 @@ MARGIN_START = 2.0
 Adam at .1-.5 (benchmarks/lr_robustness.py): too large a start is cut by the first trial steps, too small a one starves
 the run for good."""
 
+MARGIN_SEARCHED = 0.5
+"""Where it starts, and stays below, where the limit is itself the result of trial steps (Lion): nothing lies beyond."""
+
 MARGIN_MIN = 0.05
 """The learned margin's floor after an alarm."""
 

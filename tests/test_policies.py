@@ -32,7 +32,7 @@ def test_settings_out_of_range_are_refused(options: dict[str, Any], message: str
 
 
 @pytest.mark.parametrize(
-    ("margin", "margin_max", "first"), [("auto", 8, 0.5), ("auto", 0.2, 0.2), ("auto", 0.05, 0.05), (1, 8, 1.0)]
+    ("margin", "margin_max", "first"), [("auto", 8, 2.0), ("auto", 0.2, 0.2), ("auto", 0.05, 0.05), (1, 8, 1.0)]
 )
 def test_first_margin(margin: float | str, margin_max: float, first: float) -> None:
     policy = Policy(margin, margin_max)
