@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from safe_lr import policies
-from safe_lr.policies import NormTrend, Policy, affordable, learned_margin, next_cap, next_gap, next_trial_gap
+from safe_lr.controller import Controller
+from safe_lr.measurement import Measurement
+from safe_lr.policies import (
+    FREE_UPDATES,
+    MARGIN_MIN,
+    MARGIN_SEARCHED,
+    MEMORY,
+    NOISE_LIMIT,
+    SEARCHES,
+    SMALL_BATCH,
+    NormTrend,
+    Policy,
+    affordable,
+    learned_margin,
+    mean_limit,
+    next_cap,
+    next_gap,
+    next_trial_gap,
+)
 
 
 @pytest.mark.parametrize(
@@ -131,3 +150,84 @@ def test_norm_trend_is_the_plain_mean_and_variance_at_first() -> None:
     mean = sum(logs) / 4
     assert trend.mean == pytest.approx(mean)
     assert trend.variance == pytest.approx(sum((v - mean) ** 2 for v in logs) / 4)
+
+
+def test_a_mean_limit_forgets_by_halves_on_a_log_scale() -> None:
+    limit = None
+    for measured in (1.0, 16.0, 16.0):
+        limit = mean_limit(limit, measured, free=False)
+    assert limit == pytest.approx(16 ** (1 - MEMORY**2))
+    assert mean_limit(limit, 1e-9, free=True) == 1e-9
+
+
+@pytest.mark.parametrize(("before", "measured"), [(1e-12, 1e12), (3.0, 3.0), (7.0, 0.1)])
+def test_a_mean_limit_lies_between(before: float, measured: float) -> None:
+    low, high = sorted((before, measured))
+    assert low * (1 - 1e-12) <= mean_limit(before, measured, free=False) <= high * (1 + 1e-12)
+
+
+def test_failed_trials_stop_at_the_limit_without_momentum_and_an_alarm_does_not() -> None:
+    least = Policy().least_margin(38.0, adaptive=False)
+    assert least * 38 == pytest.approx(NOISE_LIMIT)
+    assert Policy().least_margin(38.0, adaptive=True) == pytest.approx(SMALL_BATCH * least)
+    assert Policy(margin_max=1.0).least_margin(2.0, adaptive=True) == 1.0
+    margin = loud = 2.0
+    for _ in range(50):
+        steps: dict[str, Any] = {
+            "desired": 9.0,
+            "lr_limit": 1.0,
+            "trial_failed": True,
+            "margin_max": 8.0,
+            "least": least,
+        }
+        margin = learned_margin(margin, planned=margin, alarm=False, **steps)
+        loud = learned_margin(loud, planned=loud, alarm=True, **steps)
+    assert (margin, loud) == (least, MARGIN_MIN)
+
+
+def test_what_a_search_found_is_the_margin() -> None:
+    steps: dict[str, Any] = {"planned": 2.0, "desired": 9.0, "lr_limit": 1.0, "trial_failed": False, "margin_max": 8.0}
+    assert learned_margin(2.0, alarm=False, least=0.1, found=0.25, **steps) == 0.25
+    assert learned_margin(2.0, alarm=False, least=0.5, found=0.25, **steps) == 0.5
+
+
+def controller(updates: int, **state: Any) -> Controller:
+    made = Controller(Policy(trial_slack=0.25), least_cost=8.0)
+    made.state.updates, made.state.flips = updates, [2.0]
+    for name, value in state.items():
+        setattr(made.state, name, value)
+    return made
+
+
+def test_a_young_run_searches_and_an_older_one_tries_once() -> None:
+    failed = Measurement(lr_limit=1.0, loss=1.0, trial_loss=2.0, trial_lr=8.0)
+    for updates, after in ((0, 4.0), (FREE_UPDATES - 1, 4.0), (FREE_UPDATES, None)):
+        made = controller(updates)
+        assert made.lr_to_try(Measurement(lr_limit=1.0), 100.0) == 8.0  # margin 2, four times as long
+        assert made.lr_to_try(failed, 100.0) == after
+    assert controller(0).lr_to_try(replace(failed, trial_loss=0.5), 100.0) is None
+    assert controller(0).lr_to_try(replace(failed, trial_lr=8 / 2**SEARCHES), 100.0) is None
+    assert controller(0, cost=59.9).lr_to_try(failed, 100.0) is None  # the credit is spent
+
+
+def test_a_search_becomes_cap_and_reason() -> None:
+    made = controller(0)
+    found = Measurement(lr_limit=1.0, loss=1.0, trial_loss=0.9, trial_lr=4.0)
+    failed, moved = made.settle(found, lr_ref=100.0, jump=None)
+    assert failed and moved is not None and "no trial step longer than lr 4 lowers the batch's loss" in moved
+    assert made.state.cap == made.state.margin == 1.0
+
+
+def test_the_limit_in_force_is_the_newest_after_an_alarm() -> None:
+    made = controller(50, figures={"lr_limit": 1.0})
+    assert made.in_force(0.01) == pytest.approx(0.1)
+    assert made.in_force(0.01, alarm=True) == 0.01
+    strict = Controller(Policy(margin=0.5), least_cost=8.0)
+    strict.state.updates, strict.state.figures = 50, {"lr_limit": 1.0}
+    assert strict.in_force(0.01) == 0.01
+
+
+def test_a_searched_limit_has_no_margin_beyond() -> None:
+    made = Controller(Policy(), least_cost=8.0, searched=True)
+    assert made.state.margin == made.policy.margin_max == MARGIN_SEARCHED
+    assert Controller(Policy(margin=1), least_cost=8.0, searched=True).state.margin == 1
