@@ -7,10 +7,10 @@ from dataclasses import replace
 from safe_lr.accounts import State
 from safe_lr.measurement import COST_OF_LOSS, Measurement
 from safe_lr.policies import (
+    BINDING,
     FREE_UPDATES,
+    HALVINGS,
     MARGIN_SEARCHED,
-    NOISE_LIMIT,
-    SEARCHES,
     SETTLED,
     TRIAL_PART,
     Policy,
@@ -123,7 +123,7 @@ class Controller:
         first = planned / self.policy.trial_slack
         if found.trial_lr is None:
             return first
-        young = self.state.updates < FREE_UPDATES and found.trial_lr > first / 2**SEARCHES
+        young = self.state.updates < FREE_UPDATES and found.trial_lr > first / 2**HALVINGS
         if not (young and found.trial_failed and self.affordable(alarm=True) - found.cost >= COST_OF_LOSS):
             return None
         return found.trial_lr / 2
@@ -185,15 +185,15 @@ class Controller:
         return moved
 
     def _flip(self) -> float:
-        """The largest c of the parameters that move."""
-        return max((c for c in self.state.flips if c is not None), default=NOISE_LIMIT)
+        """The largest c of the parameters that move; that of no momentum where none is known."""
+        return max((c for c in self.state.flips if c is not None), default=2.0)
 
     def _learn(self, found: Measurement, lr_ref: float, jump: str | None, shape: float) -> tuple[bool, str | None]:
         failed = found.trial_failed
         if failed is None or found.trial_lr is None:
             return False, None
         planned, reached = self.planned(found.lr_limit, lr_ref, shape), found.trial_lr * self.policy.trial_slack
-        searched = reached < 0.9 * planned
+        searched = reached < BINDING * planned  # halved once at least
         failed = self.state.stalled = failed or searched
         old = self.state.margin
         self.state.margin = learned_margin(

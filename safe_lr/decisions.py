@@ -38,8 +38,9 @@ class Decision:
         beta1: First-moment decay (momentum) of the group, None where the optimizer has none.
         beta2: Second-moment decay of the group, None where the optimizer has none.
         cap: Largest lr that is allowed now, in units of the group's lr. None before the first measurement.
-        lr_limit: Largest stable lr under the chosen bound.
-        limits: The limit under each bound: `lemma1`, `coherence`, `momentum`.
+        lr_limit: Largest stable lr under the chosen bound: what `margin` is a margin of. With a learned margin a mean
+            over the measurements so far (the newest alone in a young run and after an alarm), else as measured.
+        limits: The limit under each bound as measured: `lemma1`, `coherence`, `momentum`.
         lambda_max: Largest algebraic eigenvalue of the Hessian; None at measurements that did not solve for it.
         gamma: Coherence, the largest eigenvalue of P^-1/2 H P^-1/2.
         p_min: Smallest entry of P among the coordinates that carry curvature.
@@ -129,7 +130,7 @@ class Summary:
         worst_utilisation: Largest applied lr in units of its limit, None before the first measurement.
         margin: The margin in force.
         cap: The cap in force, None before the first measurement.
-        lr_limit: The last measured limit.
+        lr_limit: The limit in force.
         seconds: Wall time spent measuring.
     """
 

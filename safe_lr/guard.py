@@ -114,13 +114,13 @@ class CoherenceGuard:
             raise ValueError("no parameter of the optimizer requires grad: nothing can be measured or capped")
         self.optimizer = self.ensemble.members[0]
         self.settings = Settings(bound, curvature, hvp, tol, max_matvecs, max_basis, cautious=True)
-        self.policy = Policy(margin, margin_max, trial_slack, growth, max_overhead, credit, follow_limit)
         self._controller = Controller(
-            self.policy,
+            Policy(margin, margin_max, trial_slack, growth, max_overhead, credit, follow_limit),
             self.settings.least_cost,
             adaptive=self.ensemble.adaptive,
             searched="trial" in self.ensemble.kinds,
         )
+        self.policy = self._controller.policy
         self.rates = Rates(self.ensemble, follow=follow_limit)
         self.history: deque[Decision] = deque(maxlen=HISTORY)
         self.last_measurement: Measurement | None = None

@@ -33,12 +33,12 @@ MEMORY = 0.5
 """Weight of a new measurement in the (geometric) mean limit that a learned margin is a margin of. Over batches limits
 vary by a factor of two and more; a cap that falls at once and rises slowly would follow its low side."""
 
-SEARCHES = 6
+HALVINGS = 6
 """Halvings of the trial step in a young run: the limit rises a hundredfold within ten updates there, and a margin that
 was right for the first ones would let lr overshoot."""
 
 MARGIN_MAX_LEAST = 0.05
-"""The smallest `margin_max`; one below MARGIN_MIN is then the margin."""
+"""The smallest `margin_max`; one below the floor of failed trial steps is then that floor."""
 
 AGING = 0.5
 """While the margin is learned the cap may rise like this power of the run's length, once that is slower than `growth`.

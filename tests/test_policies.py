@@ -13,11 +13,11 @@ from safe_lr.controller import Controller
 from safe_lr.measurement import Measurement
 from safe_lr.policies import (
     FREE_UPDATES,
+    HALVINGS,
     MARGIN_MIN,
     MARGIN_SEARCHED,
     MEMORY,
     NOISE_LIMIT,
-    SEARCHES,
     SMALL_BATCH,
     NormTrend,
     Policy,
@@ -206,7 +206,7 @@ def test_a_young_run_searches_and_an_older_one_tries_once() -> None:
         assert made.lr_to_try(Measurement(lr_limit=1.0), 100.0) == 8.0  # margin 2, four times as long
         assert made.lr_to_try(failed, 100.0) == after
     assert controller(0).lr_to_try(replace(failed, trial_loss=0.5), 100.0) is None
-    assert controller(0).lr_to_try(replace(failed, trial_lr=8 / 2**SEARCHES), 100.0) is None
+    assert controller(0).lr_to_try(replace(failed, trial_lr=8 / 2**HALVINGS), 100.0) is None
     assert controller(0, cost=59.9).lr_to_try(failed, 100.0) is None  # the credit is spent
 
 
