@@ -9,7 +9,7 @@ from typing import Any
 from safe_lr.decisions import Action, Decision, Summary
 from safe_lr.measurement import Measurement
 from safe_lr.operators import DIFFERENCES
-from safe_lr.policies import NormTrend
+from safe_lr.policies import NormTrend, Trial
 
 SUMMED = 1.9
 """From this ratio of training gradient to the closure's own on, several backward passes have probably been added up."""
@@ -22,19 +22,22 @@ FIGURES = ("lr_limit", "gamma", "lambda_max", "p_min", "p_eff")
 class State:
     """Everything that a resumed run must remember, as plain numbers."""
 
-    margin: float
+    multiple: float  # the learned multiple of the noise limit
+    margin: float  # in force
     expected_cost: float  # of the next routine measurement
     updates: int = 0
     cap: float | None = None
     measured_limit: float = math.nan  # `figures["lr_limit"]` follows it and c from one measurement to the next
     flips: list[float | None] = field(default_factory=list)  # each parameter's c at that measurement, None: no gradient
+    share: float = 1.0  # the noise limit as a part of lr_limit, at the coming step
+    votes: list[float] = field(default_factory=list)  # the newest limits, each divided by its c
     moving: list[bool] = field(default_factory=list)  # which parameters had a gradient at that measurement
     following: bool = False  # whether c still moves
     due_at: int = 0
     gap: int = 0  # updates between routine measurements; 0 before the first
     hvp: str | None = None  # how the last good measurement made its products
     checked: bool = False  # whether the closure was seen to be deterministic, or not to be
-    stalled: bool = False  # whether the last trial step failed
+    trial: Trial | None = None  # what the last trial steps found
     retry: int = 0  # updates until a failed measurement is tried again; 0 after a good one
     trial_at: int = 0
     trial_gap: int = 2
@@ -194,6 +197,7 @@ class State:
                 "trend": NormTrend(**state_dict["trend"]),
                 "figures": dict(state_dict["figures"]),
                 "flips": list(state_dict["flips"]),
+                "votes": list(state_dict["votes"]),
                 "moving": list(state_dict["moving"]),
             }
         )

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from safe_lr.accounts import State
 from safe_lr.measurement import COST_OF_LOSS, Measurement
 from safe_lr.policies import (
-    BINDING,
     FREE_UPDATES,
     HALVINGS,
+    MARGIN_MIN,
     MARGIN_SEARCHED,
+    MATURE,
+    MULTIPLE_START,
     SETTLED,
     TRIAL_PART,
+    VOTES,
     Policy,
+    Trial,
     affordable,
+    judged,
     learned_growth,
-    learned_margin,
-    mean_limit,
+    learned_multiple,
+    median_limit,
     next_cap,
     next_gap,
     next_retry,
+    next_rung,
     next_trial_gap,
+    noise_share,
+    rungs,
 )
+from safe_lr.stability import UpdateRule
 
 
 class Controller:
@@ -31,6 +41,7 @@ class Controller:
     Args:
         policy: The settings.
         least_cost: Gradient evaluations below which no measurement is worth starting.
+        momentum: Whether the limit counts momentum.
         adaptive: Whether P is made of gradients.
         searched: Whether the limit is found by trial steps instead of measured.
 
@@ -42,23 +53,30 @@ class Controller:
         >>> controller.due(), controller.state.cap
         (True, None)
         >>> controller.settle(Measurement(lr_limit=0.2), lr_ref=1.0, jump=None)
-        (False, None)
+        (None, None)
         >>> controller.due(), controller.state.cap                   # the next measurement is due in four updates
         (False, 0.1)
     """
 
-    def __init__(self, policy: Policy, least_cost: float, *, adaptive: bool = False, searched: bool = False) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        least_cost: float,
+        *,
+        momentum: bool = True,
+        adaptive: bool = False,
+        searched: bool = False,
+    ) -> None:
         if searched and policy.learns:
             policy = replace(policy, margin_max=min(policy.margin_max, MARGIN_SEARCHED))
-        self.policy, self.least_cost, self.adaptive = policy, least_cost, adaptive
-        self.state = State(margin=policy.first_margin, expected_cost=least_cost)
+        self.policy, self.least_cost = policy, least_cost
+        self.momentum, self.adaptive, self.searched = momentum, adaptive, searched
+        self.state = State(MULTIPLE_START, policy.margin_at(MULTIPLE_START, 1.0), expected_cost=least_cost)
 
     def restore(self, state: State) -> None:
         """Goes on from a saved state, under the present policy."""
         self.state = state
-        self.state.margin = (
-            min(state.margin, self.policy.margin_max) if self.policy.learns else self.policy.first_margin
-        )
+        state.margin = self.policy.margin_at(state.multiple, state.share)
 
     # ---- when
 
@@ -73,6 +91,11 @@ class Controller:
         """Returns the gradient evaluations that a measurement may cost now."""
         return affordable(self.policy, updates=self.state.updates, spent=self.state.cost, alarm=alarm)
 
+    @property
+    def can_try(self) -> bool:
+        """Whether trial steps would tell anything, and there is budget left for them."""
+        return self.policy.learns and self.affordable(alarm=True) >= 3 * COST_OF_LOSS
+
     def trial_due(self, lr_ref: float) -> bool:
         """Whether the coming update is to try its step without a measurement."""
         state = self.state
@@ -84,13 +107,17 @@ class Controller:
 
     # ---- how far
 
+    @property
+    def young(self) -> bool:
+        """Whether the limit still rises so fast that the cap follows each measurement freely."""
+        return self.state.updates < FREE_UPDATES
+
     def cap_under(self, lr_limit: float) -> float:
         """Returns the cap that a limit allows now."""
-        state = self.state
-        free, growth = state.updates < FREE_UPDATES, self.policy.growth
+        state, growth = self.state, self.policy.growth
         if self.policy.learns:
-            growth = learned_growth(growth, updates=state.updates, stalled=state.stalled)
-        return next_cap(state.cap, state.margin * lr_limit, growth, free=free)
+            growth = learned_growth(growth, updates=state.updates, trial=state.trial)
+        return next_cap(state.cap, state.margin * lr_limit, growth, free=self.young)
 
     def planned(self, lr_limit: float, lr_ref: float, shape: float = 1.0) -> float:
         """Returns the lr of the coming step under the present margin, in units of lr_ref.
@@ -102,54 +129,111 @@ class Controller:
         """
         return min(lr_ref, shape * self.cap_under(lr_limit))
 
-    def in_force(self, measured: float, *, alarm: bool = False) -> float:
-        """Returns the limit to act on: the measured one; with a learned margin its mean over measurements.
+    def in_force(self, measured: float) -> float:
+        """Returns the limit to act on: the measured one; with a learned margin the median of the newest ones.
 
-        Unless something looked wrong: then the newest alone counts.
+        A young run's limits have no vote, and the newest counts alone as long as there is none.
         """
-        if not self.policy.learns or alarm:
+        flip = self._flip()
+        if not self.policy.learns or self.young or not self.state.votes:
             return measured
-        before = self.state.figures.get("lr_limit")
-        return mean_limit(before, measured, free=self.state.updates < FREE_UPDATES)
+        return median_limit([*self.state.votes, measured / flip]) * flip
 
-    def lr_to_try(self, found: Measurement, lr_ref: float, shape: float = 1.0, *, alarm: bool = False) -> float | None:
-        """Returns the lengthened lr to try on the batch next, None where there is nothing (more) to learn.
+    def weighed(self, found: Measurement, lr_ref: float, shape: float = 1.0, *, alarm: bool = False) -> Measurement:
+        """Returns a good measurement with the limit in force in it.
 
-        In a young run, half of the last one as long as that failed.
+        Curvature needs a witness: a limit far below the others counts at once, and alone, only where a step under
+        theirs would raise the batch's loss: the planned one, or, at an alarm, one at the cap.
         """
-        planned = self.planned(self.in_force(found.lr_limit, alarm=alarm), lr_ref, shape)
-        if not (self.policy.learns and planned > 0):
-            return None
-        first = planned / self.policy.trial_slack
-        if found.trial_lr is None:
-            return first
-        young = self.state.updates < FREE_UPDATES and found.trial_lr > first / 2**HALVINGS
-        if not (young and found.trial_failed and self.affordable(alarm=True) - found.cost >= COST_OF_LOSS):
-            return None
-        return found.trial_lr / 2
+        limit = self.in_force(found.lr_limit)
+        if alarm or self._verdict(found, self.planned(limit, lr_ref, shape)) == "bad":
+            limit = min(limit, found.lr_limit)
+        if self.state.updates >= MATURE:
+            self.state.votes = [*self.state.votes, found.lr_limit / self._flip()][-VOTES:]
+        return replace(found, lr_limit=limit)
 
-    def follow(self, flips: list[float | None]) -> None:
-        """Carries the limit over to the coming step: gamma stays until it is measured again, c is known at each.
+    def lr_to_try(
+        self, found: Measurement, limit: float, lr_ref: float, shape: float = 1.0, *, measured: bool = True
+    ) -> float | None:
+        """Returns the lr to try on the batch next, None where there is nothing (more) to learn.
+
+        A young run searches, by halving, for what the limit should be; an older one tries whether there is room.
+
+        Args:
+            found: What was found so far.
+            limit: The limit in force.
+            lr_ref, shape: See `planned`.
+            measured: Whether that limit was measured just now.
+        """
+        planned = self.planned(limit, lr_ref, shape)
+        if not (self.policy.learns and 0 < planned < math.inf):
+            return None
+        if found.trial_lr is not None and self.affordable(alarm=True) - found.cost < COST_OF_LOSS:
+            return None
+        young = self.young and measured
+        lengths = rungs(
+            self.policy.trial_slack,
+            binding=planned < shape * lr_ref and not self.young,
+            halvings=HALVINGS * young,
+        )
+        last = None if found.trial_lr is None else found.trial_lr / planned
+        length = next_rung(lengths, last, failed=found.trial_failed is True)
+        return None if length is None else planned * length
+
+    def harmless(self, tried: Measurement) -> bool:
+        """Whether trial steps found nothing wrong with a step at the cap."""
+        cap = self.state.cap or 0.0
+        return self._verdict(tried, self.planned(self.state.figures["lr_limit"], cap)) in ("fine", "roomy")
+
+    def follow(self, rules: list[UpdateRule | None]) -> None:
+        """Carries limit and margin over to the coming step: gamma stays until it is measured again, c is known at each.
 
         Where parameters differ, the limit rises by the smallest rise of their c: lambda_max of D^1/2 H D^1/2 falls at
         least as much as every D does.
 
         Args:
-            flips: Each parameter's c at the coming step, None where it does not move.
+            rules: Each parameter's update rule at the coming step, None where it does not move.
         """
-        state = self.state
+        state, flips = self.state, [None if rule is None else rule.flip for rule in rules]
         before = zip(state.flips, flips, strict=False)
         rises = [now / then for then, now in before if then is not None and now is not None]
         if not rises or len(flips) != len(state.flips):
             return
-        old, state.figures["lr_limit"] = state.figures["lr_limit"], state.measured_limit * min(rises)
-        state.following = abs(state.figures["lr_limit"] - old) > SETTLED * old
+        was = state.share, state.figures["lr_limit"]
+        self._share(rules)
+        if self.momentum:
+            state.figures["lr_limit"] = state.measured_limit * min(rises)
+        is_now = state.share, state.figures["lr_limit"]
+        state.following = any(abs(now - then) > SETTLED * then for then, now in zip(was, is_now, strict=True))
+
+    def starts(self, rules: list[UpdateRule | None]) -> None:
+        """Takes in each parameter's update rule at the coming step, which is to be measured."""
+        self.state.flips = [None if rule is None else rule.flip for rule in rules]
+        self._share(rules)
+
+    def _share(self, rules: list[UpdateRule | None]) -> None:
+        """Sets the noise limit's part of lr_limit, the smallest over the parameters, and with it the margin."""
+        state = self.state
+        shares = [
+            noise_share(
+                rule.flip if self.momentum else 2.0, rule.gain, averaged=not self.adaptive or rule.from_gradient == 0
+            )
+            for rule in rules
+            if rule is not None and rule.flip < math.inf and rule.gain > 0
+        ]
+        state.share = MARGIN_SEARCHED / MULTIPLE_START if self.searched else min(shares, default=state.share)
+        state.margin = self.policy.margin_at(state.multiple, state.share)
+
+    def _flip(self) -> float:
+        """The largest c of the parameters that move, where the limit counts it."""
+        known = [c for c in self.state.flips if c is not None and c < math.inf] if self.momentum else []
+        return max(known, default=2.0)
 
     # ---- what follows
 
     def settle(
         self, found: Measurement, *, lr_ref: float, jump: str | None, shape: float = 1.0
-    ) -> tuple[bool, str | None]:
+    ) -> tuple[Trial | None, str | None]:
         """Takes a measurement in: moves margin, cap and the time of the next one.
 
         Args:
@@ -159,61 +243,61 @@ class Controller:
             shape: See `planned`.
 
         Returns:
-            Whether the trial step failed, and what moved the margin, if it moved.
+            What the trial steps found, and what moved the margin, if it moved.
         """
-        state, failed, moved = self.state, False, None
+        state, trial, moved = self.state, None, None
         if found.failure is not None:
             state.retry = next_retry(state.retry)
             state.due_at = state.updates + state.retry
         else:
             state.expected_cost = max(self.least_cost, found.cost)
-            failed, moved = self._learn(found, lr_ref, jump, shape)
+            trial, moved = self._learn(found, lr_ref, jump, shape)
             state.cap = self.cap_under(found.lr_limit)
             state.keep(found)
-            state.gap = next_gap(state.gap, alarm=jump is not None, trial_failed=failed)
+            state.gap = next_gap(state.gap, alarm=jump is not None, trial_failed=trial == "bad")
             state.due_at, state.retry = state.updates + state.gap, 0
         state.trial_at = state.updates + state.trial_gap
-        return failed, moved
+        return trial, moved
 
-    def settle_trial(self, tried: Measurement, lr_ref: float, shape: float = 1.0) -> str | None:
-        """Takes a trial step in: moves the margin; returns what moved it."""
+    def settle_trial(self, tried: Measurement, lr_ref: float, shape: float = 1.0) -> tuple[Trial | None, str | None]:
+        """Takes trial steps in: moves the margin; returns what they found, and what moved the margin."""
         state = self.state
-        failed, moved = self._learn(tried, lr_ref, None, shape)
-        state.trial_gap = next_trial_gap(state.trial_gap, failed=failed, max_overhead=self.policy.max_overhead)
+        trial, moved = self._learn(tried, lr_ref, None, shape)
+        state.trial_gap = next_trial_gap(state.trial_gap)
         state.trial_at = state.updates + state.trial_gap
         state.cap = self.cap_under(tried.lr_limit)
-        return moved
+        return trial, moved
 
-    def _flip(self) -> float:
-        """The largest c of the parameters that move; that of no momentum where none is known."""
-        return max((c for c in self.state.flips if c is not None), default=2.0)
+    def _verdict(self, found: Measurement, planned: float) -> Trial | None:
+        if found.trial_failed is None or found.trial_lr is None or not planned > 0:
+            return None
+        return judged(found.trial_lr / planned, self.policy.trial_slack, failed=found.trial_failed)
 
-    def _learn(self, found: Measurement, lr_ref: float, jump: str | None, shape: float) -> tuple[bool, str | None]:
-        failed = found.trial_failed
-        if failed is None or found.trial_lr is None:
-            return False, None
-        planned, reached = self.planned(found.lr_limit, lr_ref, shape), found.trial_lr * self.policy.trial_slack
-        searched = reached < BINDING * planned  # halved once at least
-        failed = self.state.stalled = failed or searched
-        old = self.state.margin
-        self.state.margin = learned_margin(
-            old,
-            planned=planned,
-            desired=lr_ref,
-            lr_limit=found.lr_limit,
-            trial_failed=failed,
-            alarm=jump is not None,
-            margin_max=self.policy.margin_max,
-            least=self.policy.least_margin(self._flip(), adaptive=self.adaptive),
-            found=reached if searched else None,
+    def _learn(
+        self, found: Measurement, lr_ref: float, jump: str | None, shape: float
+    ) -> tuple[Trial | None, str | None]:
+        state, old = self.state, self.state.margin
+        planned = self.planned(found.lr_limit, lr_ref, shape)
+        trial = self._verdict(found, planned)
+        if trial is None or found.trial_lr is None or not self.policy.learns:
+            return None, None
+        state.trial, unit = trial, state.share * found.lr_limit
+        searched = found.trial_lr * self.policy.trial_slack / unit if self.young and not found.trial_failed else None
+        state.multiple = learned_multiple(
+            state.multiple,
+            trial,
+            used=planned / unit,
+            least=None if jump is None else MARGIN_MIN / state.share,
+            found=searched,
         )
-        if self.state.margin == old:
-            return failed, None
-        times = f"{1 / self.policy.trial_slack:.3g} times"
-        why = jump or (
-            f"no trial step longer than lr {found.trial_lr:.3g} lowers the batch's loss"
-            if searched and not found.trial_failed
-            else f"a trial step {times} as long (lr {found.trial_lr:.3g}) would move the batch's loss from "
-            f"{found.loss:.4g} to {found.trial_loss:.4g}"
-        )
-        return failed, f"margin {old:.3g} -> {self.state.margin:.3g}: {why}"
+        state.margin = self.policy.margin_at(state.multiple, state.share)
+        if state.margin == old:
+            return trial, None
+        why = f"a trial step (lr {found.trial_lr:.3g}) would move the batch's loss from {found.loss:.4g} to "
+        why += f"{found.trial_loss:.4g}"
+        if trial == "roomy":
+            why = f"even {why}"
+        elif not found.trial_failed:
+            why = f"no trial step longer than lr {found.trial_lr:.3g} lowers the batch's loss"
+        why = f"{jump}, and {why}" if jump is not None else why
+        return trial, f"margin {old:.3g} -> {state.margin:.3g}: {why}"

@@ -11,6 +11,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from safe_lr.preconditioners import FromUpdate, Preconditioner, preconditioner_of, refused
+from safe_lr.stability import UpdateRule
 
 
 class Ensemble:
@@ -117,18 +118,18 @@ class Ensemble:
         """Returns for each parameter whether it has a gradient and so takes part in the coming update."""
         return [p.grad is not None for group in self.param_groups for p in group["params"]]
 
-    def flips(self) -> list[float | None]:
-        """Returns the update rule's c at the coming step for each parameter, None for those without gradient."""
-        known: dict[tuple[int, int, int], float] = {}
-        flips: list[float | None] = []
+    def rules(self) -> list[UpdateRule | None]:
+        """Returns the update rule of the coming step for each parameter, None for those without gradient."""
+        known: dict[tuple[int, int, int], UpdateRule] = {}
+        rules: list[UpdateRule | None] = []
         for optimizer, model, index, group in self.owned():
             for p in group["params"]:
                 state = optimizer.state.get(p, {})
                 key = index, len(state), int(state.get("step", 0))  # what a rule depends on
                 if p.grad is not None and key not in known:
-                    known[key] = model.rule(group, state, self.coming(optimizer)).flip
-                flips.append(known[key] if p.grad is not None else None)
-        return flips
+                    known[key] = model.rule(group, state, self.coming(optimizer))
+                rules.append(known[key] if p.grad is not None else None)
+        return rules
 
 
 def _model(optimizer: Optimizer, preconditioner: str | Preconditioner | None) -> Preconditioner:

@@ -31,6 +31,7 @@ from safe_lr.objective import Closures, as_list
 from safe_lr.policies import Policy
 from safe_lr.preconditioners import Preconditioner, decays
 from safe_lr.rates import Rates
+from safe_lr.stability import UpdateRule
 
 NO_CLOSURE = (
     "safe_lr was given no closure for this update: call observe(lambda: criterion(model(x), y)) on the scheduler or "
@@ -81,7 +82,7 @@ class CoherenceGuard:
         bound: str = "momentum",
         margin: float | str = "auto",
         margin_max: float = 8.0,
-        trial_slack: float = 0.25,
+        trial_slack: float = 0.5,
         growth: float = 1.02,
         curvature: str = "hessian",
         hvp: str = "auto",
@@ -91,7 +92,7 @@ class CoherenceGuard:
         max_matvecs: int = 30,
         max_basis: int | None = None,
         max_overhead: float = 0.05,
-        credit: float = 60.0,
+        credit: float = 120.0,
         lambda_every: int = 4,
         preconditioner: str | Preconditioner | None = None,
         on_failure: str = "hold",
@@ -117,6 +118,7 @@ class CoherenceGuard:
         self._controller = Controller(
             Policy(margin, margin_max, trial_slack, growth, max_overhead, credit, follow_limit),
             self.settings.least_cost,
+            momentum=bound == "momentum",
             adaptive=self.ensemble.adaptive,
             searched="trial" in self.ensemble.kinds,
         )
@@ -272,8 +274,12 @@ class CoherenceGuard:
         woken = any(now and not then for now, then in zip(moving, state.moving, strict=False))
         if woken and not state.retry:
             state.due_at = min(state.due_at, state.updates)  # the limit did not count these
+        if state.cap is not None and state.following:
+            self._controller.follow(self._rules())
         usual, alarm = state.trend, state.trend.alarming(size)
         state.trend = usual.after(size)
+        if alarm and not self._controller.due():
+            alarm = not self._harmless()
         if self._controller.due(alarm=alarm):
             closure = self._probe or self._observed
             budget = self._controller.affordable(alarm=alarm)
@@ -284,20 +290,27 @@ class CoherenceGuard:
             if closure is None:
                 self._warn_once("observe", NO_CLOSURE)
         if state.cap is not None:
-            if state.following and self.settings.bound == "momentum":
-                self._controller.follow(self._flips())
             if self._observed is not None and self._probe is None and self._controller.trial_due(self.rates.wanted):
                 self._try(self._observed)
                 return
             state.cap = self._controller.cap_under(state.figures["lr_limit"])
         self.apply()
 
-    def _flips(self) -> list[float | None]:
-        """Each parameter's c at the coming step; none where the optimizer's state cannot be read."""
+    def _rules(self) -> list[UpdateRule | None]:
+        """Each parameter's update rule at the coming step; none where the optimizer's state cannot be read."""
         try:
-            return self.ensemble.flips()
+            return self.ensemble.rules()
         except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError):
             return []  # the next measurement will say what is wrong with it
+
+    def _harmless(self) -> bool:
+        """Whether the cap is right for gradients that look wrong all the same: tried, where the margin is learned."""
+        state, closures = self._state, self._observed
+        if state.cap is None or closures is None or self._probe is not None or not self._controller.can_try:
+            return False
+        found = self._tried(closures, state.cap, 1.0)
+        state.count(found)
+        return self._controller.harmless(found)
 
     def apply(self) -> None:
         """Writes the applied lrs under the cap in force."""
@@ -343,18 +356,26 @@ class CoherenceGuard:
 
     # ---- measuring and deciding
 
-    def _try(self, closures: list[Closure]) -> None:
-        """Between measurements, while the cap binds: lets a trial step alone move the learned margin."""
-        state, limit, lr_ref, shape = self._state, self._state.figures["lr_limit"], self.rates.wanted, self.rates.shape
+    def _tried(self, closures: list[Closure], lr_ref: float, shape: float) -> Measurement:
+        """Tries the coming step at some lrs; whatever goes wrong becomes the `failure`."""
+        limit = self._state.figures["lr_limit"]
         try:
-            lr = self._controller.planned(limit, lr_ref, shape) / self.policy.trial_slack
-            found = self._instrument.try_step(closures, self.rates.present_shares(), lr)
+            found = self._instrument.try_steps(
+                closures,
+                self.rates.present_shares(),
+                lambda found: self._controller.lr_to_try(found, limit, lr_ref, shape, measured=False),
+            )
         except Exception as error:  # noqa: BLE001 (raised again or recorded)
             found = self._excused(error)
+        return replace(found, lr_limit=limit)
+
+    def _try(self, closures: list[Closure]) -> None:
+        """Between measurements, while the cap binds: lets trial steps alone move the learned margin."""
+        state = self._state
+        found = self._tried(closures, self.rates.wanted, self.rates.shape)
         state.count(found)
         state.trial_cost += found.cost
-        found = replace(found, lr_limit=limit)
-        moved = self._controller.settle_trial(found, lr_ref, shape)
+        _, moved = self._controller.settle_trial(found, self.rates.wanted, self.rates.shape)
         self.apply()
         if moved is not None or found.failure is not None:
             action: Action = "margin" if moved is not None else "hold"
@@ -364,7 +385,8 @@ class CoherenceGuard:
     def _measured(self, closures: list[Closure], alarm: bool) -> Measurement:
         """Measures the coming step; whatever goes wrong becomes the measurement's `failure`."""
         state, control, lr_ref, shape = self._state, self._controller, self.rates.wanted, self.rates.shape
-        shares = self.rates.present_shares()
+        shares, flips = self.rates.present_shares(), state.flips
+        control.starts(self._rules())
         try:
             found = self._instrument.measure(
                 self._watched(closures),
@@ -373,7 +395,7 @@ class CoherenceGuard:
                 budget=control.affordable(alarm=alarm),
                 fixed=self._probe is not None,
                 search_from=self.rates.lr_ref / self.policy.trial_slack,
-                try_lr=lambda found: control.lr_to_try(found, lr_ref, shape, alarm=alarm),
+                try_lr=lambda found: control.lr_to_try(found, control.in_force(found.lr_limit), lr_ref, shape),
             )
             if found.note == UNSCALED:
                 self._warn_once("scaled", f"safe_lr could not measure: {found.failure}.")
@@ -384,6 +406,8 @@ class CoherenceGuard:
         if found.failure is None:
             self.rates.shares = shares
             state.hvp = found.hvp
+        else:
+            state.flips = flips  # those of the limit that stays in force
         state.measurements += 1
         state.count(found)
         self.last_measurement = replace(found, vectors={})
@@ -428,8 +452,8 @@ class CoherenceGuard:
         before = self.rates.applied[group]
         if found.failure is None:
             self._instrument.keep(found)
-            found = replace(found, lr_limit=self._controller.in_force(found.lr_limit, alarm=jump is not None))
-            state.flips, state.moving = self._flips(), self.ensemble.moving()
+            found = self._controller.weighed(found, self.rates.wanted, self.rates.shape, alarm=jump is not None)
+            state.moving = self.ensemble.moving()
         _, moved = self._controller.settle(found, lr_ref=self.rates.wanted, jump=jump, shape=self.rates.shape)
         self.apply()
         after = self.rates.applied[group]

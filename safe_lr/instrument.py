@@ -23,7 +23,7 @@ from safe_lr.measurement import (
 )
 from safe_lr.movers import Mover, movers
 from safe_lr.operators import DIFFERENCES
-from safe_lr.trials import search_step, try_step
+from safe_lr.trials import search_step, try_steps
 
 SCALED = 100.0
 """From this ratio of the training gradient to the closure's own on, a GradScaler has not unscaled all of it."""
@@ -104,9 +104,11 @@ class Instrument:
         state.checked = state.checked or (check and found.failure is None)
         return replace(found, inferred="inferred" in self.ensemble.kinds)
 
-    def try_step(self, closures: list[Closure], shares: Sequence[float], lr: float) -> Measurement:
-        """Tries the coming step at lr, without any curvature."""
-        return try_step(self._movers(shares), closures, lr, self.settings.curvature)
+    def try_steps(
+        self, closures: list[Closure], shares: Sequence[float], next_lr: Callable[[Measurement], float | None]
+    ) -> Measurement:
+        """Tries the coming step at some lrs, without any curvature."""
+        return try_steps(self._movers(shares), closures, next_lr, self.settings.curvature)
 
     def keep(self, found: Measurement) -> None:
         """Keeps a measurement's eigenvectors for the next one."""

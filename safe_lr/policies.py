@@ -7,49 +7,64 @@ limit, how the margin learns, when to measure, and when something looks wrong. T
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-MARGIN_START = 2.0
-"""Where the learned margin starts. A tuned RMSprop or Adagrad runs at 1-4 times the limit of its small batches, a tuned
-Adam at .1-.5 (benchmarks/lr_robustness.py): too large a start is cut by the first trial steps, too small a one starves
-the run for good."""
+MULTIPLE_START = 2.0
+"""Where the learned multiple of the noise limit (see `noise_share`) starts. Along tuned runs of fifteen pairs of task
+and optimizer the lr is mostly 1-3 times 2 / gamma (Muon: 15-20); as a fraction of lr_limit it lies between .1 and 4.5
+(benchmarks/lr_robustness.py)."""
+
+MULTIPLE_LEAST = 1.0
+"""Its floor where a lengthened trial step fails: noise makes that happen in every fifth trial of a healthy run."""
+
+MULTIPLE_FAILED = 0.5
+"""Its floor where the very step that is planned fails."""
+
+MULTIPLE_MOST = 40.0
+"""Its ceiling. Muon needs 20."""
+
+UNAVERAGED = 3.0
+"""The noise limit is this many times higher where P is made of gradients and the fresh gradient moves the parameters
+itself (RMSprop, Adagrad, NAdam): a gamma measured on a training batch is 2-4 times that of a large one there."""
 
 MARGIN_SEARCHED = 0.5
-"""Where it starts, and stays below, where the limit is itself the result of trial steps (Lion): nothing lies beyond."""
+"""The margin stays below this where the limit is itself the result of trial steps (Lion): nothing lies beyond."""
 
 MARGIN_MIN = 0.05
 """The learned margin's floor after an alarm."""
 
-NOISE_LIMIT = 2.0
-"""A failed trial step does not cut the margin below NOISE_LIMIT / c, where the cap is 2 / gamma, the limit without
-momentum. What momentum adds to that (19 times as much with Adam) holds for steady gradients and must prove itself;
-below it, it is the noise of one batch that makes trial steps fail, and cutting further starves the run."""
+VOTES = 3
+"""Measured limits whose median a learned margin is a margin of. Over batches they vary twofold, and a thousandfold
+where attention saturates: one outlier held a ViT at a hundredth of its lr to the end of the run."""
 
-SMALL_BATCH = 2.0
-"""That floor is this many times higher where P is made of gradients: a gamma measured on a training batch is then two
-to four times that of a large one (RMSprop; with SGD batches of all sizes agree)."""
+MATURE = 5
+"""Updates before which a limit has no vote: it is a hundredth of what it will be."""
 
-MEMORY = 0.5
-"""Weight of a new measurement in the (geometric) mean limit that a learned margin is a margin of. Over batches limits
-vary by a factor of two and more; a cap that falls at once and rises slowly would follow its low side."""
+ROOM = 4.0
+"""The margin rises where a trial step this many times longer still than the one that must not fail is fine too (8 times
+the coming step by default). In steady runs the longest trial step that lowers the loss is 2-8 times the lr *whatever
+the lr*, 25 times the tuned one included: in that range trials say nothing, and a margin that rises there drifts."""
 
 HALVINGS = 6
 """Halvings of the trial step in a young run: the limit rises a hundredfold within ten updates there, and a margin that
 was right for the first ones would let lr overshoot."""
 
 MARGIN_MAX_LEAST = 0.05
-"""The smallest `margin_max`; one below the floor of failed trial steps is then that floor."""
+"""The smallest `margin_max`."""
 
 AGING = 0.5
 """While the margin is learned the cap may rise like this power of the run's length, once that is slower than `growth`.
 Trial steps on one batch are forgiving where BatchNorm lets weights grow with lr: at 2 % an update the demo drifts up
 fivefold late in the run."""
 
-MARGIN_UP = 1.15
-"""Growth of the margin at a good trial: a good one is weak evidence. 1.6 let RMSprop's margin run away."""
+CATCH_UP = 5
+"""Where there is room the cap may rise by `growth` this many times in one update: lr is far too low there."""
 
-MARGIN_DOWN = 1.5
-"""Cut of the margin at a bad trial: lower at once, raise slowly."""
+STEP = 1.5
+"""Factor by which the multiple rises or falls after a trial."""
 
 BINDING = 0.9
 """The cap counts as what holds lr back from this fraction of it on."""
@@ -64,11 +79,15 @@ SETTLED = 1e-4
 RESERVE = 0.25
 """Part of `credit` kept for alarms, so that routine measurements early in a run cannot spend what a spike will need."""
 
-GAP_FIRST = 2
+GAP_FIRST = 3
 """Updates between the first two routine measurements: with Adam the limit then rises a hundredfold."""
 
-GAP_FACTOR = 2.5
-"""Growth of that gap: measurements at 0, 2, 7, 19, 49, 124 spend the usual credit just as `max_overhead` takes over."""
+GAP_FACTOR = 3.0
+"""Growth of that gap: measurements at 0, 3, 12, 39, 120, 363. Twice as dense ones spend the credit by the 20th update
+and leave a ViT without a limit from its steady state."""
+
+TRIAL_GAP = 20
+"""Longest gap between trial steps on their own, in updates, as long as TRIAL_PART pays for them."""
 
 LONGEST_GAP = 10**9
 """Where gaps stop growing, far beyond any run."""
@@ -94,9 +113,9 @@ class Policy:
     """The policy's settings. Checked when made.
 
     Attributes:
-        margin: A number in (0, 1], kept strictly, or "auto": learned inside [MARGIN_MIN, margin_max].
+        margin: A number in (0, 1], kept strictly, or "auto": learned, at most `margin_max`.
         margin_max: Largest learned margin; 1 never leaves the linearly stable region.
-        trial_slack: The trial step is the coming step lengthened by `1 / trial_slack`; in (0, 1].
+        trial_slack: A trial step `1 / trial_slack` times as long as the coming one must not fail; in (0, 1].
         growth: Largest factor by which the cap rises in one update; at least 1.
         max_overhead: Gradient evaluations spent on measuring per update, in the long run.
         credit: Gradient evaluations that may be spent on top of that.
@@ -109,10 +128,10 @@ class Policy:
 
     margin: float | str = "auto"
     margin_max: float = 8.0
-    trial_slack: float = 0.25
+    trial_slack: float = 0.5
     growth: float = 1.02
     max_overhead: float = 0.05
-    credit: float = 60.0
+    credit: float = 120.0
     follow_limit: bool = False
 
     def __post_init__(self) -> None:
@@ -144,23 +163,40 @@ class Policy:
         """Whether the margin is learned."""
         return self.margin == "auto"
 
-    @property
-    def first_margin(self) -> float:
-        """The margin before anything was learned."""
-        return min(MARGIN_START, self.margin_max) if self.margin == "auto" else float(self.margin)
-
-    def least_margin(self, flip: float, *, adaptive: bool) -> float:
-        """Returns the floor of the learned margin under failed trial steps.
-
-        Args:
-            flip: The update rule's constant c.
-            adaptive: Whether P is made of gradients.
+    def margin_at(self, multiple: float, share: float) -> float:
+        """Returns the margin in force: a learned multiple of the noise limit as a part of lr_limit, or the fixed one.
 
         Example:
-            >>> Policy().least_margin(38.0, adaptive=False), Policy().least_margin(2.0, adaptive=True)
-            (0.05263157894736842, 2.0)
+            >>> Policy().margin_at(2.0, 0.25), Policy(margin_max=0.3).margin_at(2.0, 0.25), Policy(0.8).margin_at(2, 1)
+            (0.5, 0.3, 0.8)
         """
-        return min((SMALL_BATCH if adaptive else 1.0) * NOISE_LIMIT / flip, self.margin_max)
+        return min(multiple * share, self.margin_max) if self.margin == "auto" else float(self.margin)
+
+
+def noise_share(flip: float, gain: float, *, averaged: bool) -> float:
+    """Returns the noise limit as a part of lr_limit = c / gamma.
+
+        noise limit = 2 / (gamma sqrt(gain)),    UNAVERAGED times that where steps are made of single gradients
+
+    What momentum adds to the limit holds for gradients that are the same from step to step. In a small batch's noise it
+    adds nothing: there an average of weight 1 (Adam's) is stable up to 2 / gamma, and a sum of gradients (heavy ball's,
+    gain = 1 / (1 - mu)) up to 2 / (gamma gain). Real runs lie between the two; for sums this takes the middle.
+
+    Args:
+        flip: The update rule's constant c; 2 under the bounds that leave momentum out.
+        gain: Sum of the weights of past gradients in one step.
+        averaged: Whether P is free of gradients, or the step is made of averaged gradients alone.
+
+    Example:
+        >>> noise_share(38.0, 1.0, averaged=True) * 38, round(noise_share(3.8, 10.0, averaged=True), 3)  # Adam, SGD
+        (2.0, 0.166)
+        >>> noise_share(2.0, 1.0, averaged=False)                                                        # RMSprop
+        3.0
+
+    References:
+        "2 (1 - b) / lr" for small batches: arXiv 2604.14108 (2026). Polyak 1964.
+    """
+    return (1.0 if averaged else UNAVERAGED) * 2.0 / (flip * math.sqrt(gain))
 
 
 def next_cap(cap: float | None, target: float, growth: float, *, free: bool) -> float:
@@ -183,79 +219,113 @@ def next_cap(cap: float | None, target: float, growth: float, *, free: bool) -> 
     return target if cap is None or free else min(target, cap * growth)
 
 
-def learned_growth(growth: float, *, updates: int, stalled: bool) -> float:
+def learned_growth(growth: float, *, updates: int, trial: Trial | None) -> float:
     """Returns the largest rise of the cap in the coming update while the margin is learned.
 
-    No rise where the last trial step failed; else the smaller of `growth` and what makes the cap rise like the run's
-    length to the power AGING.
+    None where the last trial step failed; CATCH_UP times `growth` where it had room; else the smaller of `growth` and
+    what makes the cap rise like the run's length to the power AGING.
 
     Example:
-        >>> learned_growth(1.02, updates=10, stalled=False), learned_growth(1.02, updates=500, stalled=False)
+        >>> learned_growth(1.02, updates=10, trial="fine"), learned_growth(1.02, updates=500, trial="fine")
         (1.02, 1.001)
-        >>> learned_growth(1.02, updates=10, stalled=True)
-        1.0
+        >>> learned_growth(1.02, updates=500, trial="tight"), round(learned_growth(1.02, updates=500, trial="roomy"), 3)
+        (1.0, 1.104)
     """
-    return 1.0 if stalled else 1 + min(growth - 1, AGING / max(1, updates))
+    if trial in ("tight", "bad"):
+        return 1.0
+    return float(growth**CATCH_UP) if trial == "roomy" else 1 + min(growth - 1, AGING / max(1, updates))
 
 
-def learned_margin(
-    margin: float,
+Trial = Literal["roomy", "fine", "tight", "bad"]
+"""What trial steps found: even the longest is fine; the lengthened one is; only the planned one is; not even that."""
+
+
+def rungs(trial_slack: float, *, binding: bool, halvings: int) -> list[float]:
+    """Returns the lengths of the trial steps to try, in units of the planned one, until one is fine.
+
+    Example:
+        >>> rungs(0.5, binding=True, halvings=0), rungs(0.5, binding=False, halvings=2)
+        ([8.0, 2.0, 1.0], [2.0, 1.0, 0.5, 0.25])
+    """
+    near = 1 / trial_slack
+    lengths = [ROOM * near] * binding + [near] + [1.0] * (near > 1)
+    return lengths + [0.5**k for k in range(1, halvings + 1)]
+
+
+def next_rung(lengths: list[float], last: float | None, *, failed: bool) -> float | None:
+    """Returns the next length to try, None where the last one was fine or was the last.
+
+    Example:
+        >>> next_rung([8.0, 2.0, 1.0], None, failed=False), next_rung([8.0, 2.0, 1.0], 8.0, failed=True)
+        (8.0, 2.0)
+        >>> next_rung([8.0, 2.0, 1.0], 2.0, failed=False), next_rung([8.0, 2.0, 1.0], 1.0, failed=True)
+        (None, None)
+    """
+    if last is None:
+        return lengths[0]
+    return next((length for length in lengths if failed and length < 0.99 * last), None)
+
+
+def judged(length: float, trial_slack: float, *, failed: bool) -> Trial:
+    """Returns what the last of a row of trial steps says; `length` as in `rungs`.
+
+    Example:
+        >>> [judged(k, 0.5, failed=False) for k in (8.0, 2.0, 1.0, 0.5)], judged(1.0, 0.5, failed=True)
+        (['roomy', 'fine', 'tight', 'bad'], 'bad')
+    """
+    near, length = 1 / trial_slack, length * 1.01  # lrs are rounded
+    if failed or length < 1:
+        return "bad"
+    if length < near:
+        return "tight"
+    return "roomy" if length >= ROOM * near else "fine"
+
+
+def learned_multiple(
+    multiple: float,
+    trial: Trial,
     *,
-    planned: float,
-    desired: float,
-    lr_limit: float,
-    trial_failed: bool,
-    alarm: bool,
-    margin_max: float,
-    least: float = MARGIN_MIN,
+    used: float,
+    least: float | None = None,
     found: float | None = None,
 ) -> float:
-    """Returns the margin after one trial step.
+    """Returns the multiple of the noise limit after trial steps.
 
-    If the lengthened step would raise the batch's loss, or a spike was seen, the margin falls below what was planned;
-    if it is fine and the cap is what holds lr back, the margin grows a little; else it stays.
-
-    Args:
-        margin: The margin so far.
-        planned: The lr of the coming step under that margin.
-        desired: The lr that the schedule asks for.
-        lr_limit: The measured limit.
-        trial_failed: Whether the loss would rise or be not finite.
-        alarm: Whether the gradients looked wrong.
-        margin_max: Largest margin.
-        least: What a failed trial step may cut it to; an alarm cuts to MARGIN_MIN.
-        found: The lr below the planned one that a search found to be fine; None without one.
-
-    Example:
-        >>> learned_margin(0.6, planned=0.6, desired=9.0, lr_limit=1.0, trial_failed=True, alarm=False, margin_max=8)
-        0.39999999999999997
-        >>> learned_margin(0.6, planned=0.3, desired=0.3, lr_limit=1.0, trial_failed=False, alarm=False, margin_max=8)
-        0.6
-    """
-    floor = MARGIN_MIN if alarm else least
-    if found is not None and found < planned and not alarm:
-        return min(margin, max(floor, found / lr_limit))
-    if trial_failed or alarm:
-        used = planned / lr_limit if planned > 0 else margin
-        return min(margin, max(floor, min(margin, used) / MARGIN_DOWN))
-    if planned < desired and planned >= BINDING * margin * lr_limit:
-        return max(margin, min(margin_max, margin * MARGIN_UP))
-    return margin
-
-
-def mean_limit(before: float | None, measured: float, *, free: bool) -> float:
-    """Returns the limit that a learned margin is a margin of: a running geometric mean of the measured ones.
+    It rises by STEP where there is room, and falls by STEP below what was planned where a trial fails.
 
     Args:
-        before: The mean so far, None before the first measurement.
-        measured: The newest.
-        free: Whether the run is so young that only the newest counts.
+        multiple: The multiple so far.
+        trial: What the trial steps found.
+        used: The planned lr in units of the noise limit.
+        least: What a failed trial may cut it to, if not to MULTIPLE_LEAST ("tight") or MULTIPLE_FAILED ("bad").
+        found: In a young run, the multiple that a search found to be fine.
 
     Example:
-        >>> mean_limit(None, 4.0, free=False), mean_limit(1.0, 4.0, free=True), mean_limit(1.0, 4.0, free=False)
-        (4.0, 4.0, 2.0)
+        >>> learned_multiple(2.0, "roomy", used=2.0), learned_multiple(2.0, "fine", used=2.0)
+        (3.0, 2.0)
+        >>> learned_multiple(6.0, "tight", used=3.0), learned_multiple(1.2, "tight", used=1.2)
+        (2.0, 1.0)
     """
-    return measured if before is None or free else before ** (1 - MEMORY) * measured**MEMORY
+    if trial == "roomy":
+        return max(multiple, min(MULTIPLE_MOST, multiple * STEP))
+    if trial == "fine":
+        return multiple
+    if least is None:
+        least = MULTIPLE_LEAST if trial == "tight" else MULTIPLE_FAILED
+    cut = min(multiple, used if used > 0 else multiple) / STEP if found is None else found
+    return min(multiple, max(least, cut))
+
+
+def median_limit(votes: Sequence[float]) -> float:
+    """Returns the limit that a learned margin is a margin of: the median of the newest VOTES measured ones.
+
+    Of two it is their geometric mean.
+
+    Example:
+        >>> median_limit([1.0, 1.0, 1e-3]), median_limit([4.0, 1.0]), median_limit([9.0, 1.0, 2.0, 3.0])
+        (1.0, 2.0, 2.0)
+    """
+    return math.exp(statistics.median(math.log(vote) for vote in votes[-VOTES:]))
 
 
 def next_gap(gap: int, *, alarm: bool, trial_failed: bool) -> int:
@@ -268,10 +338,10 @@ def next_gap(gap: int, *, alarm: bool, trial_failed: bool) -> int:
     curvature moves fastest, and spread it over all scales of time.
 
     Example:
-        >>> next_gap(0, alarm=False, trial_failed=False), next_gap(12, alarm=False, trial_failed=False)
-        (2, 30)
-        >>> next_gap(12, alarm=True, trial_failed=False), next_gap(12, alarm=False, trial_failed=True)
-        (2, 12)
+        >>> next_gap(0, alarm=False, trial_failed=False), next_gap(9, alarm=False, trial_failed=False)
+        (3, 27)
+        >>> next_gap(9, alarm=True, trial_failed=False), next_gap(9, alarm=False, trial_failed=True)
+        (3, 9)
     """
     if alarm or gap == 0:
         return GAP_FIRST
@@ -291,19 +361,17 @@ def next_retry(retry: int) -> int:
     return max(1, 2 * retry)
 
 
-def next_trial_gap(gap: int, *, failed: bool, max_overhead: float) -> int:
+def next_trial_gap(gap: int) -> int:
     """Returns the updates until the next trial step on its own, while the cap is what holds lr back.
 
-    A trial costs two forward passes, a tenth of a measurement, and carries the margin over changes of the limit between
-    measurements. Its gap grows by a quarter, or halves after a failure, up to where trials take TRIAL_PART of
-    `max_overhead`.
+    A trial costs two forward passes or three, a tenth of a measurement, and carries the margin over changes of the
+    limit between measurements. Its gap grows by a quarter up to TRIAL_GAP.
 
     Example:
-        >>> next_trial_gap(8, failed=False, max_overhead=0.05), next_trial_gap(8, failed=True, max_overhead=0.05)
-        (10, 4)
+        >>> next_trial_gap(8), next_trial_gap(19)
+        (10, 20)
     """
-    longest = max(2, math.ceil(2 / 3 / (TRIAL_PART * max_overhead))) if max_overhead > 0 else 1_000
-    return max(2, gap // 2) if failed else min(longest, math.ceil(1.25 * gap))
+    return min(TRIAL_GAP, math.ceil(1.25 * gap))
 
 
 def affordable(policy: Policy, *, updates: int, spent: float, alarm: bool) -> float:

@@ -51,7 +51,8 @@ class CoherenceScheduler(LRScheduler):
         margin: The fraction of the limit that may be used: a number in (0, 1] kept strictly, or "auto", learned by
             trial steps on the measured batch (a margin above 1 is recorded as `beyond_linear_limit`).
         margin_max: Largest learned margin (with margin="auto"); 1 never leaves the linearly stable region.
-        trial_slack: A trial step is the coming step lengthened by `1 / trial_slack` (4 times as long by default).
+        trial_slack: With a learned margin the coming step lengthened by `1 / trial_slack` (twice as long by default)
+            must not raise the batch's loss, or the margin falls; if one 4 times as long still is fine too, it rises.
         growth: Largest factor by which the cap (never the schedule) rises in one update. In the first 10 updates the
             cap follows the limit freely, since bias correction makes it rise tenfold.
         curvature: `hessian`; `empirical-fisher` (closures return per-example losses, shape (B,)), `gauss-newton` or
@@ -114,7 +115,7 @@ class CoherenceScheduler(LRScheduler):
         bound: str = "momentum",
         margin: float | str = "auto",
         margin_max: float = 8.0,
-        trial_slack: float = 0.25,
+        trial_slack: float = 0.5,
         growth: float = 1.02,
         curvature: str = "hessian",
         hvp: str = "auto",
@@ -124,7 +125,7 @@ class CoherenceScheduler(LRScheduler):
         max_matvecs: int = 30,
         max_basis: int | None = None,
         max_overhead: float = 0.05,
-        credit: float = 60.0,
+        credit: float = 120.0,
         lambda_every: int = 4,
         follow_limit: bool = False,
         preconditioner: str | Preconditioner | None = None,

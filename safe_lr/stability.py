@@ -107,6 +107,16 @@ class UpdateRule:
         a, gain = self.decay, self.from_average * (1 - self.decay) + self.from_gradient * (1 + self.decay)
         return float(2 * (1 + a) / gain) if gain > 0 else math.inf
 
+    @property
+    def gain(self) -> float:
+        """The sum of the weights of all gradients in one direction: 1 for averages, 1 / (1 - mu) for heavy ball.
+
+        Example:
+            >>> UpdateRule().gain, UpdateRule(decay=0.9, from_average=10, from_gradient=0).gain
+            (1.0, 10)
+        """
+        return self.from_average + self.from_gradient
+
     def matrix(self, h: Array, decay: Array) -> Array:
         """Returns A of `(x, lr * average)' = A (x, lr * average)`, of shape (..., 2, 2).
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from safe_lr.closures import leave_no_trace
@@ -61,27 +61,36 @@ def search_step(moving: Sequence[Mover], closures: Closures, start: float, curva
     return replace(found, seconds=time.perf_counter() - started)
 
 
-def try_step(moving: Sequence[Mover], closures: Closures, lr: float, curvature: str = "hessian") -> Measurement:
-    """Tries the coming step at lr on the closure's batch, without any curvature: two forward passes.
+def try_steps(
+    moving: Sequence[Mover],
+    closures: Closures,
+    next_lr: Callable[[Measurement], float | None],
+    curvature: str = "hessian",
+) -> Measurement:
+    """Tries the coming step on the closure's batch, without any curvature: a forward pass, and one for each lr.
 
     Args:
         moving: The parameters that may move, with their training gradients.
-        closure: Returns the loss.
-        lr: In units of lr_ref.
+        closures: Return the loss.
+        next_lr: Given what was found so far, the lr (in units of lr_ref) to try next; asked again until it is None.
+        curvature: What the closures return.
 
     Returns:
-        A `Measurement` that holds `loss`, `trial_lr`, `trial_loss` and `maximize`, or a `failure`.
+        A `Measurement` that holds `loss`, `maximize` and the last `trial_lr` and `trial_loss`, or a `failure`.
     """
     started = time.perf_counter()
-    found = Measurement(cost=2 * COST_OF_LOSS)
+    found = Measurement(cost=COST_OF_LOSS)
     try:
         found = replace(found, maximize=ascends(moving))
         with leave_no_trace([m.param for m in moving]) as untouched:
-            steps = [None if m.grad is None else m.coming_step(m.grad, lr) for m in moving]
             objective = Objective(closures, untouched, curvature)
             loss = objective.loss()
             check_finite(loss)
-            found = replace(found, loss=loss, trial_lr=lr, trial_loss=objective.loss_after(steps))
+            found = replace(found, loss=loss)
+            while (lr := next_lr(found)) is not None:
+                found = replace(found, cost=found.cost + COST_OF_LOSS)
+                steps = [None if m.grad is None else m.coming_step(m.grad, lr) for m in moving]
+                found = replace(found, trial_lr=lr, trial_loss=objective.loss_after(steps))
     except MeasurementFailed as failed:
         found = replace(found, failure=str(failed))
     return replace(found, seconds=time.perf_counter() - started)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 
 from safe_lr import CoherenceGuard, CoherenceScheduler, Decision
-from safe_lr.policies import FREE_UPDATES, MARGIN_MIN, MARGIN_START
+from safe_lr.policies import FREE_UPDATES, MARGIN_MIN, MULTIPLE_START
 from tests.cases import Case
 
 CAP = 0.25  # of a Bowl at margin .5: half of 2 / 4
@@ -201,9 +201,18 @@ def test_a_jump_of_the_gradient_norm_measures_early() -> None:
     bowl.scale = 100.0
     bowl.run()
     assert bowl.guard.summary().measurements == before + 1
-    margins = [d for d in bowl.guard.history if d.step == 20 and d.action == "margin"]
-    assert len(margins) == 1 and "gradient norm" in margins[0].reason
     assert bowl.guard.history[-1].lr_limit == pytest.approx(2 / 400, rel=0.11)
+    assert bowl.guard.history[-1].cap <= 2 / 400 * MULTIPLE_START  # at once, and no other limit has a vote
+
+
+def test_a_jump_that_does_no_harm_is_not_measured() -> None:
+    bowl = Bowl(lr=1e-4, margin="auto").run(20)
+    before, bowl.scale = bowl.guard.summary(), 100.0
+    bowl.guard._state.cap = 1e-3  # below 2 / 400 whatever the curvature
+    bowl.run()
+    after = bowl.guard.summary()
+    assert after.measurements == before.measurements and before.cost < after.cost <= before.cost + 1
+    assert after.cap <= 1e-3 * 1.021
 
 
 # ---- failures
@@ -298,7 +307,7 @@ def test_step_with_a_closure_is_measured_after_it_ran(case: Case, keyword: bool)
         loss = passed.optimizer.step(closure=passed.backward) if keyword else passed.optimizer.step(passed.backward)
         assert loss.requires_grad
     assert torch.equal(passed.x, plain.x) and passed.guard.summary().capped_steps == 6
-    assert [d.step for d in passed.guard.history] == [d.step for d in plain.guard.history] == [0, 2]
+    assert [d.step for d in passed.guard.history] == [d.step for d in plain.guard.history] == [0, 3]
 
 
 @pytest.mark.parametrize(
@@ -367,7 +376,7 @@ def test_a_logger_that_raises_is_switched_off(broken: str) -> None:
         bowl.guard.close()
         bowl.guard.close()
     assert len(caught) == 1 and bad.heard[-1] == broken and bad.heard.count(broken) == 1
-    assert good.heard == ["start", "decide", "step", "step", "decide", *["step"] * 4, "close"]
+    assert good.heard == ["start", "decide", *["step"] * 3, "decide", *["step"] * 3, "close"]
     bowl.run()  # closed: uncapped
     assert bowl.inside == [pytest.approx(CAP, rel=0.11)] * 6 + [100]
 
@@ -407,17 +416,19 @@ def test_measure_changes_nothing(margin: float | str) -> None:
 @pytest.mark.parametrize("margin_max", [0.3, 1.0, 8.0])
 @pytest.mark.parametrize("case", NETS, ids=str)
 def test_every_change_of_the_learned_margin_is_a_decision(case: Case, margin_max: float) -> None:
+    """Beside what follows from a young average's momentum, which is known at every step and measured at none."""
     net = Net(case, 30.0, margin_max=margin_max, credit=300, max_overhead=1)
-    last, moved = net.guard.summary().margin, 0
+    last, moved, state = net.guard._state.multiple, 0, net.guard._state
     for step in range(40):
         net.step()
-        now = net.guard.summary().margin
+        now, margin = state.multiple, net.guard.summary().margin
         told = [d for d in net.guard.history if d.step == step and d.action == "margin"]
-        assert len(told) == (now != last) and all(d.margin == now and "margin" in d.reason for d in told)
-        assert MARGIN_MIN <= now <= margin_max
+        assert len(told) <= (now != last) and all("margin" in d.reason for d in told)
+        assert len(told) == (now != last) or margin == margin_max
+        assert 0 < margin == min(margin_max, now * state.share)
         assert all(d.beyond_linear_limit == (d.margin > 1) for d in told)
         last, moved = now, moved + len(told)
-    assert (moved > 0 or margin_max < MARGIN_START) and (
+    assert (moved > 0 or margin_max <= 1) and (
         margin_max > 1 or net.guard.summary().worst_utilisation <= margin_max * (1 + 1e-9)
     )
 
@@ -514,7 +525,7 @@ def test_a_trial_that_raises_costs_what_it_cost_and_loses_no_limit() -> None:
 
     bowl.run(1, no_memory_for_a_second_graph)  # the limit stands, only the trial is missing
     assert bowl.guard.summary().cost >= 1 + 2 * 2  # a graph, a product or two for each of two eigenvalues
-    assert bowl.inside == [pytest.approx(min(1.0, MARGIN_START * CAP / 0.5), rel=0.11)]
+    assert bowl.inside == [pytest.approx(min(1.0, MULTIPLE_START * CAP / 0.5), rel=0.11)]
 
 
 # ---- more of what must not happen

@@ -8,26 +8,39 @@ from typing import Any
 
 import pytest
 
-from safe_lr import policies
 from safe_lr.controller import Controller
 from safe_lr.measurement import Measurement
 from safe_lr.policies import (
+    CATCH_UP,
     FREE_UPDATES,
     HALVINGS,
-    MARGIN_MIN,
     MARGIN_SEARCHED,
-    MEMORY,
-    NOISE_LIMIT,
-    SMALL_BATCH,
+    MATURE,
+    MULTIPLE_FAILED,
+    MULTIPLE_LEAST,
+    MULTIPLE_MOST,
+    MULTIPLE_START,
+    ROOM,
+    STEP,
+    TRIAL_GAP,
+    TRIAL_PART,
+    UNAVERAGED,
     NormTrend,
     Policy,
+    Trial,
     affordable,
-    learned_margin,
-    mean_limit,
+    judged,
+    learned_growth,
+    learned_multiple,
+    median_limit,
     next_cap,
     next_gap,
+    next_rung,
     next_trial_gap,
+    noise_share,
+    rungs,
 )
+from safe_lr.stability import UpdateRule
 
 
 @pytest.mark.parametrize(
@@ -51,11 +64,26 @@ def test_settings_out_of_range_are_refused(options: dict[str, Any], message: str
 
 
 @pytest.mark.parametrize(
-    ("margin", "margin_max", "first"), [("auto", 8, 2.0), ("auto", 0.2, 0.2), ("auto", 0.05, 0.05), (1, 8, 1.0)]
+    ("margin", "margin_max", "share", "expected"),
+    [("auto", 8, 1.0, 2.0), ("auto", 8, 0.1, 0.2), ("auto", 0.2, 1.0, 0.2), (1, 8, 0.1, 1.0), (0.3, 0.1, 1.0, 0.3)],
 )
-def test_first_margin(margin: float | str, margin_max: float, first: float) -> None:
+def test_the_margin_is_a_multiple_of_the_noise_limit(
+    margin: float | str, margin_max: float, share: float, expected: float
+) -> None:
     policy = Policy(margin, margin_max)
-    assert (policy.first_margin, policy.learns) == (first, margin == "auto")
+    assert policy.margin_at(2.0, share) == pytest.approx(expected, rel=1e-12)
+    assert policy.learns == (margin == "auto")
+
+
+@pytest.mark.parametrize("b", [0.0, 0.5, 0.9, 0.99])
+def test_the_noise_limit_does_not_grow_with_an_average_and_shrinks_with_a_sum(b: float) -> None:
+    average = UpdateRule(decay=b, from_average=1, from_gradient=0)
+    heavy = UpdateRule(decay=b, from_average=1 / (1 - b), from_gradient=0)
+    assert noise_share(average.flip, average.gain, averaged=True) * average.flip == pytest.approx(2)
+    sums = noise_share(heavy.flip, heavy.gain, averaged=True) * heavy.flip
+    assert sums == pytest.approx(2 * (1 - b) ** 0.5)
+    assert 2 * (1 - b) <= sums * (1 + 1e-12) and sums <= heavy.flip * (1 + 1e-12)  # between the two limits
+    assert noise_share(2.0, 1.0, averaged=False) == UNAVERAGED
 
 
 @pytest.mark.parametrize(
@@ -74,48 +102,62 @@ def test_next_cap(cap: float | None, target: float, growth: float, free: bool, e
     assert next_cap(cap, target, growth, free=free) == expected
 
 
-UP, DOWN, LEAST = policies.MARGIN_UP, policies.MARGIN_DOWN, policies.MARGIN_MIN
-
-
 @pytest.mark.parametrize(
-    ("margin", "planned", "desired", "failed", "alarm", "margin_max", "expected"),
+    ("multiple", "trial", "used", "options", "expected"),
     [
-        (0.5, 0.5, 9.0, False, False, 8, 0.5 * UP),  # the cap binds and the step is fine
-        (0.5, 0.5, 0.5, False, False, 8, 0.5),  # the schedule binds: nothing to learn
-        (0.5, 0.44, 9.0, False, False, 8, 0.5),  # the growing cap, not the margin, holds lr back
-        (0.5, 0.5, 9.0, True, False, 8, 0.5 / DOWN),
-        (0.5, 0.5, 9.0, False, True, 8, 0.5 / DOWN),
-        (0.5, 0.4, 0.4, True, False, 8, 0.4 / DOWN),  # below what was planned, or the cut would not cut
-        (0.5, 0.0, 0.0, True, False, 8, 0.5 / DOWN),
-        (LEAST, LEAST, 9.0, True, True, 8, LEAST),
-        (0.5, 1e-9, 1e-9, False, True, 8, LEAST),
-        (1.0, 1.0, 9.0, False, False, 1, 1.0),
-        (0.99, 0.99, 9.0, False, False, 1, 1.0),
-        (2.0, 2.0, 9.0, False, False, 1, 2.0),  # margin_max was lowered on resume: it does not cut
+        (2.0, "roomy", 2.0, {}, 2 * STEP),
+        (MULTIPLE_MOST, "roomy", 2.0, {}, MULTIPLE_MOST),
+        (99.0, "roomy", 2.0, {}, 99.0),  # saved under a higher ceiling: a good trial does not cut
+        (2.0, "fine", 2.0, {}, 2.0),
+        (6.0, "tight", 6.0, {}, 6 / STEP),
+        (6.0, "tight", 3.0, {}, 3 / STEP),  # below what was planned, or the cut would not cut
+        (6.0, "tight", 0.0, {}, 6 / STEP),
+        (1.1, "tight", 1.1, {}, MULTIPLE_LEAST),
+        (1.1, "bad", 1.1, {}, 1.1 / STEP),
+        (0.6, "bad", 0.6, {}, MULTIPLE_FAILED),
+        (0.4, "tight", 0.4, {}, 0.4),  # already below that floor
+        (0.6, "bad", 0.6, {"least": 0.01}, 0.6 / STEP),  # an alarm
+        (2.0, "tight", 2.0, {"found": 1.2}, 1.2),  # what a search found
+        (2.0, "bad", 2.0, {"found": 1e-3}, MULTIPLE_FAILED),
     ],
 )
-def test_learned_margin(
-    margin: float, planned: float, desired: float, failed: bool, alarm: bool, margin_max: float, expected: float
+def test_learned_multiple(
+    multiple: float, trial: Trial, used: float, options: dict[str, float], expected: float
 ) -> None:
-    found = learned_margin(
-        margin, planned=planned, desired=desired, lr_limit=1, trial_failed=failed, alarm=alarm, margin_max=margin_max
-    )
-    assert found == pytest.approx(expected, rel=1e-12)
+    assert learned_multiple(multiple, trial, used=used, **options) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("slack", [0.25, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("binding", [True, False])
+def test_trial_steps_go_from_long_to_short_and_each_says_something_else(slack: float, binding: bool) -> None:
+    lengths = rungs(slack, binding=binding, halvings=3)
+    assert lengths == sorted(set(lengths), reverse=True) and lengths[-1] == 0.125
+    last, seen = None, []
+    while (length := next_rung(lengths, last, failed=True)) is not None:
+        seen.append(length)
+        last = length * (1 + 1e-9)  # lrs are rounded
+    assert seen == lengths
+    says = [judged(length, slack, failed=False) for length in lengths]
+    expected = ["roomy"] * binding + ["fine"] + ["tight"] * (slack < 1) + ["bad"] * 3
+    assert says == expected and {judged(length, slack, failed=True) for length in lengths} == {"bad"}
+    assert max(lengths) == pytest.approx((ROOM if binding else 1) / slack)
+
+
+def test_the_cap_catches_up_where_there_is_room_and_waits_after_a_failure() -> None:
+    rises = {trial: learned_growth(1.02, updates=1000, trial=trial) for trial in ("roomy", "fine", "tight", "bad")}
+    assert rises == {"roomy": 1.02**CATCH_UP, "fine": 1.0005, "tight": 1.0, "bad": 1.0}
+    assert learned_growth(1.0, updates=5, trial="roomy") == 1.0  # growth=1 keeps its word
 
 
 def test_gaps() -> None:
-    assert [next_gap(9, alarm=a, trial_failed=f) for a, f in ((0, 0), (0, 1), (1, 0), (1, 1))] == [22, 9, 2, 2]
-    longest = {share: next_trial_gap(10**6, failed=False, max_overhead=share) for share in (0.05, 0.0, 1.0)}
-    assert longest == {0.05: 54, 0.0: 1000, 1.0: 3}
-    assert 2 / 3 / longest[0.05] <= policies.TRIAL_PART * 0.05
-    assert [next_trial_gap(g, failed=True, max_overhead=0.05) for g in (2, 3, 9)] == [2, 2, 4]
+    assert [next_gap(9, alarm=a, trial_failed=f) for a, f in ((0, 0), (0, 1), (1, 0), (1, 1))] == [27, 9, 3, 3]
     gap, gaps = 2, []
     for _ in range(20):
-        gaps.append(gap := next_trial_gap(gap, failed=False, max_overhead=0.05))
-    assert gaps == sorted(gaps) and gaps[-1] == 54  # it does not stick at a small gap
+        gaps.append(gap := next_trial_gap(gap))
+    assert gaps == sorted(gaps) and gaps[-1] == TRIAL_GAP and TRIAL_PART < 1  # it does not stick at a small gap
 
 
-@pytest.mark.parametrize(("alarm", "expected"), [(True, 60 + 10 - 30), (False, 45 + 10 - 30)])
+@pytest.mark.parametrize(("alarm", "expected"), [(True, 120 + 10 - 30), (False, 90 + 10 - 30)])
 def test_routine_measurements_leave_a_reserve_to_alarms(alarm: bool, expected: float) -> None:
     assert affordable(Policy(), updates=200, spent=30, alarm=alarm) == expected
     assert affordable(Policy(credit=0, max_overhead=0), updates=10**9, spent=0, alarm=alarm) == 0
@@ -152,82 +194,95 @@ def test_norm_trend_is_the_plain_mean_and_variance_at_first() -> None:
     assert trend.variance == pytest.approx(sum((v - mean) ** 2 for v in logs) / 4)
 
 
-def test_a_mean_limit_forgets_by_halves_on_a_log_scale() -> None:
-    limit = None
-    for measured in (1.0, 16.0, 16.0):
-        limit = mean_limit(limit, measured, free=False)
-    assert limit == pytest.approx(16 ** (1 - MEMORY**2))
-    assert mean_limit(limit, 1e-9, free=True) == 1e-9
-
-
-@pytest.mark.parametrize(("before", "measured"), [(1e-12, 1e12), (3.0, 3.0), (7.0, 0.1)])
-def test_a_mean_limit_lies_between(before: float, measured: float) -> None:
-    low, high = sorted((before, measured))
-    assert low * (1 - 1e-12) <= mean_limit(before, measured, free=False) <= high * (1 + 1e-12)
-
-
-def test_failed_trials_stop_at_the_limit_without_momentum_and_an_alarm_does_not() -> None:
-    least = Policy().least_margin(38.0, adaptive=False)
-    assert least * 38 == pytest.approx(NOISE_LIMIT)
-    assert Policy().least_margin(38.0, adaptive=True) == pytest.approx(SMALL_BATCH * least)
-    assert Policy(margin_max=1.0).least_margin(2.0, adaptive=True) == 1.0
-    margin = loud = 2.0
-    for _ in range(50):
-        steps: dict[str, Any] = {
-            "desired": 9.0,
-            "lr_limit": 1.0,
-            "trial_failed": True,
-            "margin_max": 8.0,
-            "least": least,
-        }
-        margin = learned_margin(margin, planned=margin, alarm=False, **steps)
-        loud = learned_margin(loud, planned=loud, alarm=True, **steps)
-    assert (margin, loud) == (least, MARGIN_MIN)
-
-
-def test_what_a_search_found_is_the_margin() -> None:
-    steps: dict[str, Any] = {"planned": 2.0, "desired": 9.0, "lr_limit": 1.0, "trial_failed": False, "margin_max": 8.0}
-    assert learned_margin(2.0, alarm=False, least=0.1, found=0.25, **steps) == 0.25
-    assert learned_margin(2.0, alarm=False, least=0.5, found=0.25, **steps) == 0.5
+def test_one_outlier_of_three_moves_no_median() -> None:
+    assert median_limit([1.0, 1e-3, 1.0]) == pytest.approx(1.0)
+    assert median_limit([1e-3, 2.0, 1.0, 1.0]) == pytest.approx(1.0)
+    assert median_limit([1.0, 1e-4]) == pytest.approx(1e-2)
+    assert median_limit([7.0]) == pytest.approx(7.0)
 
 
 def controller(updates: int, **state: Any) -> Controller:
-    made = Controller(Policy(trial_slack=0.25), least_cost=8.0)
-    made.state.updates, made.state.flips = updates, [2.0]
+    made = Controller(Policy(), least_cost=8.0)
+    made.state.updates = updates
+    made.starts([UpdateRule()])  # gradient descent: c = 2, and the noise limit is the limit
     for name, value in state.items():
         setattr(made.state, name, value)
     return made
 
 
-def test_a_young_run_searches_and_an_older_one_tries_once() -> None:
-    failed = Measurement(lr_limit=1.0, loss=1.0, trial_loss=2.0, trial_lr=8.0)
-    for updates, after in ((0, 4.0), (FREE_UPDATES - 1, 4.0), (FREE_UPDATES, None)):
-        made = controller(updates)
-        assert made.lr_to_try(Measurement(lr_limit=1.0), 100.0) == 8.0  # margin 2, four times as long
-        assert made.lr_to_try(failed, 100.0) == after
-    assert controller(0).lr_to_try(replace(failed, trial_loss=0.5), 100.0) is None
-    assert controller(0).lr_to_try(replace(failed, trial_lr=8 / 2**HALVINGS), 100.0) is None
-    assert controller(0, cost=59.9).lr_to_try(failed, 100.0) is None  # the credit is spent
+FOUND = Measurement(lr_limit=1.0, loss=1.0, trial_loss=2.0)
+
+
+def test_a_young_run_searches_and_an_older_one_asks_whether_there_is_room() -> None:
+    young, old = controller(0), controller(FREE_UPDATES, cap=2.0)
+    tried: list[float] = []
+    for made in (young, old):
+        tried.clear()
+        found = replace(FOUND, trial_loss=None)
+        while (lr := made.lr_to_try(found, 1.0, 100.0)) is not None:
+            tried.append(lr)
+            found = replace(FOUND, trial_lr=lr)  # none is fine
+        if made is young:
+            assert tried == [4.0, 2.0, *(2.0 / 2**k for k in range(1, HALVINGS + 1))]
+        else:
+            assert tried == [16.0, 4.0, 2.0]
+    assert old.lr_to_try(replace(FOUND, trial_lr=16.0, trial_loss=0.5), 1.0, 100.0) is None
+    assert old.lr_to_try(replace(FOUND, trial_loss=None), 1.0, 0.5) == 1.0  # the cap does not bind: only what may fail
+    broke = controller(FREE_UPDATES, cap=2.0, cost=120 + 0.05 * FREE_UPDATES - 0.1)
+    assert broke.lr_to_try(replace(FOUND, trial_lr=4.0), 1.0, 100.0) is None  # the credit is spent
+    strict = Controller(Policy(margin=0.5), least_cost=8.0)
+    assert strict.lr_to_try(replace(FOUND, trial_loss=None), 1.0, 100.0) is None
 
 
 def test_a_search_becomes_cap_and_reason() -> None:
     made = controller(0)
-    found = Measurement(lr_limit=1.0, loss=1.0, trial_loss=0.9, trial_lr=4.0)
-    failed, moved = made.settle(found, lr_ref=100.0, jump=None)
-    assert failed and moved is not None and "no trial step longer than lr 4 lowers the batch's loss" in moved
-    assert made.state.cap == made.state.margin == 1.0
+    found = replace(FOUND, trial_loss=0.9, trial_lr=2.0)
+    trial, moved = made.settle(found, lr_ref=100.0, jump=None)
+    assert trial == "tight" and moved is not None and "no trial step longer than lr 2 lowers the batch's loss" in moved
+    assert made.state.cap == made.state.margin == MULTIPLE_LEAST
 
 
-def test_the_limit_in_force_is_the_newest_after_an_alarm() -> None:
-    made = controller(50, figures={"lr_limit": 1.0})
-    assert made.in_force(0.01) == pytest.approx(0.1)
-    assert made.in_force(0.01, alarm=True) == 0.01
+def test_a_limit_in_force_is_a_median_of_limits_at_the_present_momentum() -> None:
+    made = controller(50, votes=[0.5, 0.5])  # limits over c
+    assert made.in_force(1e-6) == pytest.approx(1.0)  # c = 2
+    made.starts([UpdateRule(decay=0.9, from_average=1, from_gradient=0)])
+    assert made.in_force(1e-6) == pytest.approx(19.0)  # c = 38
     strict = Controller(Policy(margin=0.5), least_cost=8.0)
-    strict.state.updates, strict.state.figures = 50, {"lr_limit": 1.0}
+    strict.state.updates, strict.state.votes = 50, [0.5, 0.5]
     assert strict.in_force(0.01) == 0.01
+    young = controller(MATURE, votes=[0.5])
+    assert young.in_force(0.01) == 0.01
+
+
+def test_a_low_limit_counts_alone_only_where_the_planned_step_fails() -> None:
+    low = replace(FOUND, lr_limit=0.01)
+    for loss, expected in ((2.0, 0.01), (0.5, 1.0)):
+        made = controller(50, votes=[0.5, 0.5], cap=1.0)
+        planned = made.planned(made.in_force(low.lr_limit), 100.0)
+        weighed = made.weighed(replace(low, trial_lr=planned, trial_loss=loss), 100.0)
+        assert weighed.lr_limit == pytest.approx(expected)
+        assert made.state.votes == [0.5, 0.5, 0.005]
+    made = controller(MATURE - 1)
+    assert made.weighed(low, 100.0).lr_limit == 0.01 and made.state.votes == []
+
+
+def test_the_margin_follows_the_momentum_of_a_young_average() -> None:
+    made = Controller(Policy(), least_cost=8.0, adaptive=True)
+    margins = []
+    for decay in (0.0, 0.5, 0.9):
+        made.starts([UpdateRule(decay=decay, from_average=1, from_gradient=0)])
+        margins.append(made.state.margin)
+    assert margins == [pytest.approx(MULTIPLE_START * 2 / c) for c in (2, 6, 38)]
+    rms = Controller(Policy(), least_cost=8.0, adaptive=True)
+    rms.starts([UpdateRule()])
+    assert rms.state.margin == UNAVERAGED * MULTIPLE_START
+    nothing = Controller(Policy(), least_cost=8.0)
+    nothing.starts([None])
+    assert nothing.state.margin == MULTIPLE_START
 
 
 def test_a_searched_limit_has_no_margin_beyond() -> None:
     made = Controller(Policy(), least_cost=8.0, searched=True)
+    made.starts([UpdateRule()])
     assert made.state.margin == made.policy.margin_max == MARGIN_SEARCHED
     assert Controller(Policy(margin=1), least_cost=8.0, searched=True).state.margin == 1
