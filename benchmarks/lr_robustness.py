@@ -27,6 +27,7 @@ from benchmarks.cells import Cache, key
 from benchmarks.results import save
 from benchmarks.tasks import TASKS, USUAL
 from benchmarks.training import Cell, depends_on_safe_lr
+from safe_lr.policies import Policy
 
 ROOT = Path(__file__).parents[1]
 BASELINES = ROOT / "docs" / "results" / "lr_robustness_baselines.json"
@@ -44,6 +45,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lemma1": {"bound": "lemma1", "margin": 1.0},
 }
 """What the default is compared with, as arguments of the scheduler."""
+
+CREDITS = (15.0, 30.0, 60.0, 120.0, 240.0)
+"""Budgets for the curve of gap against overhead, at 100 times the tuned lr."""
 
 
 def lr_at(k: int) -> float:
@@ -180,6 +184,10 @@ class Matrix:
         """safe_lr at an lr above the tuned one."""
         return row.cell("safe", lr_at(self.tuned[row] + above), seed, self.steps, **options)
 
+    def budgeted(self, row: Row, credit: float) -> Cell:
+        """safe_lr 100 times above the tuned lr, with another budget."""
+        return self.protected(row, 4, self.seeds[0], **({} if credit == Policy().credit else {"credit": credit}))
+
     def following(self, row: Row, seed: int) -> Cell:
         """safe_lr with no lr at all."""
         return row.cell("safe", 1.0, seed, self.steps, follow_limit=True)
@@ -196,6 +204,7 @@ class Matrix:
         for options in list(VARIANTS.values())[1:]:
             for seed in self.seeds if full else self.seeds[:1]:
                 cells += [self.protected(row, above, seed, **options) for row in self.rows for above in SOME]
+        cells += [self.budgeted(row, credit) for credit in CREDITS for row in self.rows]
         self.run(cells, "safe_lr")
 
     # ---- what it says
@@ -274,6 +283,7 @@ class Matrix:
             ),
             "overhead": _or_none(statistics.median, overheads),
             "overhead_is": f"gradient evaluations spent on measuring per step, on {self.steps} steps",
+            "gap_against_overhead": self.curve(),
             "variants": self.variants(),
             "rows": rows,
         }  # fmt: skip
@@ -313,6 +323,17 @@ class Matrix:
                 "unprotected": self.sensitivity(row, protected=False),
             },
         }  # fmt: skip
+
+    def curve(self) -> list[dict[str, Any]]:
+        """Returns what each budget costs and leaves of the gap, over the rows."""
+        points = []
+        for credit in CREDITS:
+            cells = [(row, self.budgeted(row, credit)) for row in self.rows]
+            gaps = [self.gap(cell, row, self.seeds[0]) for row, cell in cells]
+            spent = [result["overhead_counted"] for _, cell in cells if (result := self.of(cell)) is not None]
+            point = _middle([gap for gap in gaps if gap is not None])
+            points.append({"credit": credit, "overhead": _or_none(statistics.median, spent), **point})
+        return points
 
     def variants(self) -> dict[str, Any]:
         """Returns for each variant the median and worst gap over the rows, at the tuned lr and 100 times above it."""
@@ -394,6 +415,10 @@ def table(result: dict[str, Any]) -> str:
             for k, label in (("0", "tuned lr"), ("4", "100x"))
         )
         lines.append(f"{name:>18}   {shown}")
+    lines.append("")
+    for point in result["gap_against_overhead"]:
+        gap = f"median {percent(point['median'])}, worst {percent(point['worst'])}"
+        lines.append(f"{'credit':>12} {point['credit']:>5.0f}   overhead {percent(point['overhead'])}   100x: {gap}")
     keys = ("worst_gap_at_tuned", "median_gap_above", "worst_gap_above", "median_gap_following")
     lines += ["", *(f"{key}: {percent(result[key])}" for key in keys)]
     ratio, overhead = result["lr_sensitivity_ratio"], result["overhead"]

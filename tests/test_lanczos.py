@@ -200,7 +200,7 @@ def test_both_ends_of_the_spectrum(spectrum: str, max_basis: int | None) -> None
     truth = torch.linalg.eigvalsh(matrix)[[-1, 0]].tolist()
     size = float(torch.linalg.matrix_norm(matrix, 2))
     start = start_vector(matrix[0], 0)
-    found = both_ends(lambda v: matrix @ v, start, tol=1e-6, max_matvecs=5000, max_basis=max_basis)
+    found = both_ends(lambda v: matrix @ v, start, tol=1e-6, max_matvecs=20_000, max_basis=max_basis)
     assert [end.value for end in found] == pytest.approx(truth, rel=1e-6, abs=1e-9 * size)
     for end in found:
         assert end.converged
