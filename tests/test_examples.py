@@ -154,4 +154,4 @@ def test_demo_keeps_its_promise(tmp_path):
     assert protected["val_loss"] - tuned["val_loss"] < 0.25 * harm
     assert protected["val_accuracy"] > tuned["val_accuracy"] - 0.03
     assert protected["failures"] == 0
-    assert protected["overhead_counted"] < 0.05 + 61 / summary["task"]["steps"]
+    assert protected["overhead_counted"] < 0.05 + 121 / summary["task"]["steps"]
