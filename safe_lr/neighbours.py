@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterator
 from typing import Protocol
 
 from torch import Tensor
 
+from safe_lr.closures import Closure
 from safe_lr.decisions import Summary
 from safe_lr.ensemble import Ensemble
 
@@ -57,6 +59,23 @@ class Neighbours:
         """Notes which parameters a guard's loss reaches."""
         if not self._alive[guard]:
             self._alive[guard] = {id(leaf) for leaf in leaves(loss)}
+
+    def watched(self, guard: Guarding, closures: list[Closure]) -> list[Closure]:
+        """Returns a guard's closures, whose losses are seen here if there is another guard."""
+        if self.alone(guard):
+            return closures
+
+        def watch(closure: Closure) -> Closure:
+            @functools.wraps(closure)
+            def watched() -> Tensor:
+                loss = closure()
+                if isinstance(loss, Tensor):
+                    self.saw(guard, loss)
+                return loss
+
+            return watched
+
+        return [watch(closure) for closure in closures]
 
     def newly_sharing(self, guard: Guarding) -> bool:
         """Whether the guard shares its loss with one that this was not yet said of."""

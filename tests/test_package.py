@@ -22,6 +22,7 @@ ORDER = (
     "guard",
     "hooks",
     "neighbours",
+    "tuner",
     "instrument",
     "controller",
     "accounts",
@@ -44,11 +45,12 @@ ORDER = (
     "lanczos",
     "stability",
     "policies",
+    "tuning",
     "decisions",
 )
 
 # Pure functions of numbers, tensors and matvecs: they know nothing of ours but what a decision is.
-PURE = ("lanczos", "stability", "policies", "decisions")
+PURE = ("lanczos", "stability", "policies", "tuning", "decisions")
 
 # What shows and tells; only the stateful modules and the command may know of it.
 OUTPUT = {"loggers", "report", "plots", "sweeps"}
