@@ -23,6 +23,7 @@ from safe_lr.policies import (
     next_retry,
     next_trial_gap,
 )
+from safe_lr.tuning import pressure
 
 
 class Controller:
@@ -127,6 +128,11 @@ class Controller:
         if not (young and found.trial_failed and self.affordable(alarm=True) - found.cost >= COST_OF_LOSS):
             return None
         return found.trial_lr / 2
+
+    def press(self, lr_ref: float) -> tuple[float, str] | None:
+        """Returns how hard the cap binds, with the words for it (`pressure`); None without a cap."""
+        longer = 1 / self.policy.trial_slack if self.policy.learns and not self.state.stalled else None
+        return None if self.state.cap is None else pressure(lr_ref, self.state.cap, longer=longer)
 
     def follow(self, flips: list[float | None]) -> None:
         """Carries the limit over to the coming step: gamma stays until it is measured again, c is known at each.

@@ -30,7 +30,7 @@ from safe_lr.policies import Policy
 from safe_lr.preconditioners import Preconditioner, decays
 from safe_lr.rates import Rates
 from safe_lr.tuner import Tuner
-from safe_lr.tuning import Range, Tuning, pressure
+from safe_lr.tuning import Range, Tuning
 
 NO_CLOSURE = (
     "safe_lr was given no closure for this update: call observe(lambda: criterion(model(x), y)) on the scheduler or "
@@ -138,22 +138,11 @@ class CoherenceGuard:
         self._warned: set[str] = set()
         self._closed = self._counting = False
         self._log = Broadcast(resolve(loggers, log_path), self._config)
-        self._succeed()
+        _neighbours.succeed(self)
+        self.rates.read()  # an earlier guard has given the desired lrs back
         handles = around_updates(self.ensemble.members, self)
         # Once the guard is gone, or the process ends, the optimizer has its own lr and betas and no hook of ours.
         self._at_exit = weakref.finalize(self, _leave, handles, self.rates, self._tuner)
-
-    def _succeed(self) -> None:
-        """Takes the optimizer over from an earlier guard: two would take each other's caps for somebody's wish."""
-        for earlier in _neighbours.on(self.ensemble):
-            if earlier.summary().steps:
-                warn_user(
-                    "this optimizer already had a safe_lr scheduler; that one is closed, the new one takes over. "
-                    "close() the old one first to go without this warning."
-                )
-            earlier.close()
-        self.rates.read()
-        _neighbours.join(self)
 
     # ---- what the user calls
 
@@ -289,7 +278,7 @@ class CoherenceGuard:
             if closure is not None and self._instrument.can_measure(closure, state, budget):
                 jump = f"the gradient norm is {size:.3g}, usual is {math.exp(usual.mean):.3g}" if alarm else None
                 if not alarm:
-                    self._tuner.before_measuring(self._press(), state.updates)
+                    self._tuner.before_measuring(self._controller.press(self.rates.wanted), state.updates)
                 found = self._measured(closure, alarm)
                 self._decide(found, jump)
                 self._tune(found, alarm)
@@ -435,19 +424,15 @@ class CoherenceGuard:
             self._record("margin", moved, replace(found, num_matvecs=0, cost=0.0, seconds=0.0), after, after)
         self._record(*state.explain(found, before, after, capped=self.rates.capped), found, before, after)
 
-    def _press(self) -> tuple[float, str] | None:
-        """How hard the cap binds, None without a cap."""
-        longer = 1 / self.policy.trial_slack if self.policy.learns and not self._state.stalled else None
-        return None if self._state.cap is None else pressure(self.rates.wanted, self._state.cap, longer=longer)
-
     def _tune(self, found: Measurement, alarm: bool) -> None:
         """After a measurement: moves betas. P goes on as it was; what b1 does to c, the limit follows."""
         state, group = self._state, self.rates.reference
         before = self.rates.applied[group]
         gamma = None if alarm or found.failure is not None else found.gamma
-        told = self._tuner.settle(gamma, self._press(), state.updates)
+        told = self._tuner.settle(gamma, self._controller.press(self.rates.wanted), state.updates)
         if state.cap is not None and self.settings.bound == "momentum" and any(said[0] == "betas" for said in told):
             self._controller.follow(self._flips())
+            state.following = True  # c of a young average goes on moving
             state.cap = min(state.cap, state.margin * state.figures["lr_limit"])
             self.apply()
         limit = state.figures.get("lr_limit", math.nan)

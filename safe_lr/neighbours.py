@@ -12,6 +12,7 @@ from torch import Tensor
 from safe_lr.closures import Closure
 from safe_lr.decisions import Summary
 from safe_lr.ensemble import Ensemble
+from safe_lr.hooks import warn_user
 
 
 class Guarding(Protocol):
@@ -38,8 +39,17 @@ class Neighbours:
         self._alive: weakref.WeakKeyDictionary[Guarding, set[int]] = weakref.WeakKeyDictionary()
         self._told: weakref.WeakSet[Guarding] = weakref.WeakSet()
 
-    def join(self, guard: Guarding) -> None:
-        """Adds a guard."""
+    def succeed(self, guard: Guarding) -> None:
+        """Adds a guard, which takes its optimizers over from earlier ones: two would take each other's caps for
+        somebody's wish.
+        """
+        for earlier in self.on(guard.ensemble):
+            if earlier.summary().steps:
+                warn_user(
+                    "this optimizer already had a safe_lr scheduler; that one is closed, the new one takes over. "
+                    "close() the old one first to go without this warning."
+                )
+            earlier.close()
         self._alive[guard] = set()
 
     def leave(self, guard: Guarding) -> None:

@@ -257,7 +257,7 @@ class Tuner:
         ...     x.grad = torch.ones(1)
         ...     optimizer.step()
         >>> tuner.settle(3.0, (8.0, "the desired lr is 8 times the cap"), updates=20)
-        [('betas', 'beta1 0.9 -> 0.91091, beta2 0.999 -> 0.99853: the desired lr is 8 times the cap')]
+        [('betas', 'beta1 0.9 -> 0.9083, beta2 0.999 -> 0.99867: the desired lr is 8 times the cap')]
         >>> tuner.give_back()
         >>> optimizer.param_groups[0]["betas"]
         (0.9, 0.999)

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 Range = tuple[float, float]
 
-STEP = 1 / 6
-"""Largest move of a dial. From b1 = .9 towards .95 the first update then changes by less than 1 % even where gradients
-are nothing but noise; by a quarter it would be 1.35 %."""
+STEP = 1 / 8
+"""Largest move of a dial. From (.9, .999) towards (.95, .99) the first update then changes by less than 1 % even where
+gradients are nothing but noise (tests/test_betas.py); with a sixth it would be 1.1 %."""
 
 PRESSES = 1.5
 """From this ratio of desired lr to cap on, the cap holds lr back enough to move something ..."""
@@ -215,7 +215,7 @@ class Dial:
         Example:
             >>> dial, reason = Dial().saw(10.0).turned(4.0, "the cap binds", updates=50, wait=100)
             >>> round(dial.position, 3), dial.free_at, reason
-            (0.167, 150, 'the cap binds')
+            (0.125, 150, 'the cap binds')
             >>> dial.saw(12.0).turned(4.0, "the cap binds", updates=150, wait=100)[1]
             'gamma 10 -> 12 since the last move, which did not help and is taken back'
         """

@@ -69,6 +69,10 @@ class RMSprop(Preconditioner):
             return UpdateRule()
         return UpdateRule(warm_decay(mu, t), from_average=(1 - mu**t) / (1 - mu), from_gradient=0.0)
 
+    def corrections(self, group: Group, state: State) -> dict[str, float] | None:
+        # Nothing is corrected. In an average that has not filled up yet the fresh square would count too much more.
+        return {} if int(state["step"]) * (1 - float(group["alpha"])) >= 1 else None
+
     def floor(self, group: Group, state: State) -> float | None:
         return float(group["eps"])
 
