@@ -61,7 +61,9 @@ def move_decays(
         0.01
     """
     first, second = decays
-    options: dict[str, Any] = {"betas": (first, second)} if "betas" in model.movable else {"alpha": second}
+    options: dict[str, Any] = {"alpha": second}
+    if "betas" in model.movable:
+        options = {"betas": tuple(map(_rounded, group["betas"], (first, second)))}
     scaled: list[tuple[Tensor, float]] = []
     for state in states:
         if not state or not int(state["step"]):
@@ -127,6 +129,11 @@ def _write(group: MutableMapping[str, Any], options: dict[str, Any]) -> None:
     for name, value in options.items():
         old = group[name]
         group[name] = tuple(map(_written, old, value)) if isinstance(value, tuple) else _written(old, value)
+
+
+def _rounded(old: Any, new: Any) -> Any:
+    """The new value as the old one's place will hold it."""
+    return float(torch.as_tensor(new, dtype=old.dtype)) if isinstance(old, Tensor) else new
 
 
 def _written(old: Any, new: float) -> Any:
