@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 from safe_lr.decisions import Action
@@ -109,6 +110,11 @@ class Setting(ABC):
                 said.setdefault(why, []).append(part.index)
         return [("hold", f"parameter group {', '.join(map(str, which))}: {why}") for why, which in said.items()]
 
+    def ready(self, updates: int) -> bool:
+        """Whether it could move forward now, if the cap binds."""
+        room = self.dial.position < 1 and any(not account.left for account in self.accounts)
+        return room and updates >= self.dial.free_at
+
     def turn(self, ensemble: Ensemble, press: float, why: str, *, updates: int, held: bool) -> Told | None:
         """Turns the dial and moves every group that can follow; returns what is to be said of it."""
         free = [part for part in parts(ensemble) if not self.accounts[part.index].left]
@@ -123,8 +129,9 @@ class Setting(ABC):
         by = dial.position - self.dial.position
         if by:
             moves = dict.fromkeys(said for part in free if (said := self._moved(part, by)) is not None)
-            if not moves:
-                return None  # none can follow now: the dial stays where it is
+            if not moves:  # none can follow now: the dial stays where it is
+                self.dial = replace(self.dial, free_at=updates + math.ceil(max(SETTLING, wait)))
+                return None
             reason = f"{', '.join(moves)}: {reason}"
         self.dial = dial
         return None if reason is None else (self.action, reason if by else f"{self.action} stay: {reason}")
@@ -266,6 +273,7 @@ class Tuner:
     def __init__(self, ensemble: Ensemble, tuning: Tuning) -> None:
         self.ensemble, self.tuning = ensemble, tuning
         self.betas, self.eps = Betas(tuning), Eps(tuning)
+        self.last: Action | None = None  # what moved last
         self._told: list[Told] = []
         self._earlier: dict[str, Any] | None = None  # eps as it was before the move that awaits its measurement
 
@@ -276,6 +284,8 @@ class Tuner:
             press: How hard the cap binds, with the words for it (`pressure`); None where there is no cap yet.
             updates: Updates made so far.
         """
+        if self._earlier is not None:
+            self._undo_eps(self._earlier)  # the measurement raised
         self._told, self._earlier = [], None
         if not self.tuning.tune_eps:
             return
@@ -285,9 +295,10 @@ class Tuner:
         if self.eps.above_most(self.ensemble):
             press = 0.0, f"eps lies above the second moment's root of more than {LOWEST:.0%} of the coordinates"
         earlier = self.eps.state_dict()
-        told = self.eps.turn(self.ensemble, *press, updates=updates, held=self.betas.dial.moved > 0)
+        told = self._turn(self.eps, self.betas, press, updates)
         if told is not None:
             self._told.append(told)
+        if self.eps.dial.position != earlier["dial"]["position"]:
             self._earlier = earlier
 
     def settle(self, gamma: float | None, press: tuple[float, str] | None, updates: int) -> list[Told]:
@@ -310,9 +321,18 @@ class Tuner:
         if gamma is not None and updates >= SETTLING:
             self.betas.dial, self.eps.dial = self.betas.dial.saw(gamma), self.eps.dial.saw(gamma)
             if self.tuning.tune_betas and press is not None and earlier is None:
-                moved = self.betas.turn(self.ensemble, *press, updates=updates, held=self.eps.dial.moved > 0)
+                moved = self._turn(self.betas, self.eps, press, updates)
                 told = told if moved is None else [*told, moved]
         self._told, self._earlier = [], None
+        return told
+
+    def _turn(self, one: Setting, other: Setting, press: tuple[float, str], updates: int) -> Told | None:
+        """Turns one of both, by turns: what gamma does after a move must be that move's doing alone."""
+        position = one.dial.position
+        held = other.dial.moved > 0 or (self.last == one.action and other.ready(updates))
+        told = one.turn(self.ensemble, *press, updates=updates, held=held)
+        if one.dial.position != position:
+            self.last = one.action
         return told
 
     def _undo_eps(self, earlier: dict[str, Any]) -> None:
@@ -329,9 +349,10 @@ class Tuner:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns plain numbers, lists and dicts."""
-        return {"betas": self.betas.state_dict(), "eps": self.eps.state_dict()}
+        return {"betas": self.betas.state_dict(), "eps": self.eps.state_dict(), "last": self.last}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict()`."""
         self.betas.load_state_dict(state["betas"])
         self.eps.load_state_dict(state["eps"])
+        self.last = state["last"]

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import copy
-import math
+import gc
+import io
+from dataclasses import asdict
+from functools import partial
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
-from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
+from torch import Tensor, nn
+from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
+from safe_lr import CoherenceGuard, CoherenceScheduler, measure
+from safe_lr.ensemble import Ensemble
 from safe_lr.preconditioners import preconditioner_of
 from safe_lr.preconditioners.moves import age, movable_decays, move_decays, typical_root
-from safe_lr.tuning import STEP, Tuning, decay_at
+from safe_lr.tuner import LOWEST, Tuner
+from safe_lr.tuning import SETTLING, STEP, Tuning, decay_at
 from tests.cases import Case
 
 MOVED = [
@@ -97,14 +107,12 @@ def test_there_and_back_again_is_nothing(case: Case, updates: int) -> None:
 @pytest.mark.parametrize("noise", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("updates", [20, 60, OLD])
 @pytest.mark.parametrize("case", MOVED, ids=str)
-def test_after_a_move_the_first_update_changes_by_less_than_a_hundredth(
-    case: Case, updates: int, noise: float
-) -> None:
+def test_after_a_move_the_first_update_changes_by_less_than_a_hundredth(case: Case, updates: int, noise: float) -> None:
     stream = Stream(case, noise)
     stream.step(updates)
     still = stream.twin()
     assert stream.move_one_step() == (case.make is not RMSprop or updates == OLD)
-    # Where there is nothing but noise, the weight 1 - mu of Nesterov's fresh gradient is all that NAdam's step is made of.
+    # Where there is nothing but noise, NAdam's step is mostly the fresh gradient, and its weight 1 - mu is b1's.
     within = 0.04 if case.make is NAdam and noise == 1 else 0.01
     assert float(stream.step().norm() / still.step().norm()) == pytest.approx(1, abs=within)
 
@@ -219,3 +227,583 @@ def test_nothing_is_typical_before_the_first_gradient() -> None:
     x.grad = torch.zeros(3)
     optimizer.step()
     assert typical_root(model, group, [optimizer.state[x]], 0.1) is None
+
+
+# ---- the tuner, on numbers that a test chooses
+
+BINDS, FITS, SLACK = (8.0, "the cap binds"), (1.0, "it fits"), (0.2, "there is slack")
+
+
+class Tuned:
+    """A tuner on an optimizer whose gammas and pressures the test makes up."""
+
+    def __init__(self, optimizer: Any, **options: Any) -> None:
+        self.optimizer = optimizer
+        self.tuner = Tuner(Ensemble(optimizer), Tuning(**{"tune_betas": True, **options}))
+        self.members = optimizer if isinstance(optimizer, list) else [optimizer]
+        self.updates = 0
+        self.train(20)
+
+    def train(self, updates: int) -> None:
+        for _ in range(updates):
+            for member in self.members:
+                for group in member.param_groups:
+                    for p in group["params"]:
+                        p.grad = torch.randn_like(p)
+                member.step()
+        self.updates += updates
+
+    def measure(self, gamma: float | None, press: Any = BINDS) -> list[tuple[str, str]]:
+        self.tuner.before_measuring(press, self.updates)
+        return self.tuner.settle(gamma, press, self.updates)
+
+    def later(self, gamma: float | None, press: Any = BINDS) -> list[tuple[str, str]]:
+        """A measurement after the moments' memory has lasted."""
+        self.train(60)
+        self.updates += 10_000
+        return self.measure(gamma, press)
+
+    @property
+    def betas(self) -> list[tuple[float | None, float | None]]:
+        return [movable_decays(part[1], part[3]) for part in self.tuner.ensemble.owned()]
+
+
+def parameter(size: int = 4) -> nn.Parameter:
+    return nn.Parameter(torch.ones(size))
+
+
+def at(position: float, own: tuple[float, float] = (0.9, 0.999), end: tuple[float, float] = FAR) -> Any:
+    return pytest.approx(tuple(decay_at(position, b, e) for b, e in zip(own, end, strict=True)))
+
+
+def test_betas_go_as_far_as_gamma_falls_and_no_farther() -> None:
+    tuned = Tuned(Adam([parameter()]))
+    assert tuned.measure(10.0) == [("betas", "beta1 0.9 -> 0.9083, beta2 0.999 -> 0.99867: the cap binds")]
+    tuned.train(5)
+    assert tuned.measure(9.0) == [] and tuned.betas == [at(STEP)]  # the moments have not forgotten yet
+    ((action, reason),) = tuned.later(8.0)
+    assert action == "betas" and "gamma 10 -> 8.49 since the last move; the cap binds" in reason
+    assert tuned.betas == [at(2 * STEP)]
+    ((action, reason),) = tuned.later(20.0)
+    assert "gamma 8.49 -> 20 since the last move, which did not help and is taken back" in reason
+    assert tuned.betas == [at(STEP)]
+    assert tuned.later(20.0, SLACK)[0][0] == "betas"
+    assert tuned.betas == [(0.9, 0.999)]  # exactly
+    assert tuned.later(20.0, SLACK) == [("betas", "betas stay: gamma 20 -> 20 since the last move")]
+
+
+def test_the_end_of_the_ranges_is_the_end() -> None:
+    tuned = Tuned(Adam([parameter()]))
+    for gamma in range(30, 10, -1):
+        tuned.later(float(gamma))
+    assert tuned.betas == [FAR]
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda x: SGD([x], momentum=0.9), "the optimizer has no betas that tune_betas could move"),
+        (lambda x: Adagrad([x]), "the optimizer has no betas that tune_betas could move"),
+        (
+            lambda x: Adam([x], betas=(0.95, 0.95)),
+            "beta1 0.95 stays, for it lies outside of beta1_range (0.9, 0.95), or",
+        ),
+        (
+            lambda x: RMSprop([x], alpha=0.99),
+            "beta2 0.99 stays, for it lies outside of beta2_range (0.99, 0.999), or at",
+        ),
+    ],
+)
+def test_what_cannot_move_is_said_once(make: Any, reason: str) -> None:
+    tuned = Tuned(make(parameter()))
+    before = tuned.betas
+    told = tuned.measure(10.0)
+    assert {action for action, _ in told} == {"hold"}
+    assert told[0][1].startswith(f"parameter group 0: {reason}")
+    assert tuned.later(10.0) == [] and tuned.betas == before
+
+
+def test_a_beta_outside_of_its_range_stays_while_the_other_moves() -> None:
+    tuned = Tuned(AdamW([parameter()], betas=(0.9, 0.95)))
+    (held, moved) = tuned.measure(10.0)
+    assert held[0] == "hold" and "beta2 0.95 stays" in held[1]
+    assert moved == ("betas", "beta1 0.9 -> 0.9083: the cap binds")
+    assert tuned.betas == [(pytest.approx(0.9083, abs=1e-4), 0.95)]
+
+
+def test_groups_move_from_values_of_their_own_and_a_new_one_by_the_same_step() -> None:
+    x, y, z = (parameter() for _ in range(3))
+    optimizer = Adam([{"params": [x]}, {"params": [y], "betas": (0.92, 0.995)}])
+    tuned = Tuned(optimizer)
+    ((_, reason),) = tuned.measure(10.0)
+    assert reason.count("beta2") == 2
+    assert tuned.betas == [at(STEP), at(STEP, (0.92, 0.995))]
+    optimizer.add_param_group({"params": [z]})
+    tuned.train(20)
+    tuned.later(9.0)
+    assert tuned.betas == [at(2 * STEP), at(2 * STEP, (0.92, 0.995)), at(STEP)]
+    tuned.later(99.0)
+    assert tuned.betas == [at(STEP), at(STEP, (0.92, 0.995)), (0.9, 0.999)]
+
+
+def test_of_several_optimizers_those_move_that_can() -> None:
+    sgd, adam = SGD([parameter()], lr=0.1), Adam([parameter()])
+    tuned = Tuned([sgd, adam])
+    held, moved = tuned.measure(10.0)
+    assert held == ("hold", "parameter group 0: the optimizer has no betas that tune_betas could move")
+    assert moved[0] == "betas" and tuned.betas == [(None, None), at(STEP)]
+
+
+def test_groups_of_one_fate_share_a_sentence() -> None:
+    tuned = Tuned(SGD([{"params": [parameter()]} for _ in range(3)]))
+    assert tuned.measure(10.0) == [
+        ("hold", "parameter group 0, 1, 2: the optimizer has no betas that tune_betas could move")
+    ]
+
+
+def test_what_someone_else_writes_is_left_alone_from_then_on() -> None:
+    optimizer = Adam([{"params": [parameter()]}, {"params": [parameter()]}])
+    tuned = Tuned(optimizer)
+    tuned.measure(10.0)
+    optimizer.param_groups[0]["betas"] = (0.8, 0.999)
+    held, moved = tuned.later(9.0)
+    assert held == ("hold", "parameter group 0: someone else writes betas: they are left alone from now on")
+    assert moved[0] == "betas" and tuned.betas == [(0.8, 0.999), at(2 * STEP)]
+    assert [action for action, _ in tuned.later(8.0)] == ["betas"]
+    tuned.tuner.give_back()
+    assert tuned.betas == [(0.8, 0.999), (0.9, 0.999)]
+
+
+def test_giving_back_rescales_the_moments_and_takes_no_second_time() -> None:
+    tuned = Tuned(Adam([parameter()]))
+    for gamma in (10.0, 9.0, 8.0):
+        tuned.later(gamma)
+    ((state),) = tuned.optimizer.state.values()
+    (b1, b2), t = tuned.betas[0], int(state["step"])
+    seen = [state["exp_avg"] / (1 - b1**t), state["exp_avg_sq"] / (1 - b2**t)]
+    for _ in range(2):
+        tuned.tuner.give_back()
+        assert tuned.betas == [(0.9, 0.999)]
+        torch.testing.assert_close([state["exp_avg"] / (1 - 0.9**t), state["exp_avg_sq"] / (1 - 0.999**t)], seen)
+
+
+@pytest.mark.parametrize("gamma", [None, 10.0])
+def test_a_young_run_and_a_failed_measurement_move_nothing(gamma: float | None) -> None:
+    tuned = Tuned(Adam([parameter()]), tune_eps=True)
+    tuned.updates = SETTLING - 1 if gamma else 500
+    assert tuned.measure(gamma) == [] and tuned.betas == [(0.9, 0.999)]
+
+
+@pytest.mark.parametrize("spoil", [{"step": "three"}, {"exp_avg_sq": None}, {"exp_avg": None}])
+def test_a_state_that_cannot_be_read_moves_nothing(spoil: dict[str, Any]) -> None:
+    tuned = Tuned(Adam([parameter()]), tune_eps="exp_avg" not in spoil)
+    (state,) = tuned.optimizer.state.values()
+    state.update(spoil)
+    for name in [name for name, value in spoil.items() if value is None]:
+        state[name] = "not a tensor"
+    assert tuned.measure(10.0) == [] and tuned.betas == [(0.9, 0.999)]
+    assert tuned.measure(10.0) == []
+
+
+def test_an_average_that_is_too_young_waits() -> None:
+    tuned = Tuned(RMSprop([parameter()], alpha=0.995))
+    assert tuned.measure(10.0) == [] and tuned.tuner.betas.dial.position == 0
+    tuned.train(200)
+    ((action, reason),) = tuned.measure(10.0)
+    assert (action, reason) == ("betas", "beta2 0.995 -> 0.99455: the cap binds")
+
+
+# ---- eps
+
+
+def spread(**options: Any) -> Tuned:
+    """Adam on gradients of sizes 1e-6 to 1e-2."""
+    x = parameter(400)
+    optimizer = Adam([x])
+    size = torch.logspace(-6, -2, 400)
+
+    def scale(*_: Any) -> None:
+        x.grad.mul_(size)
+
+    optimizer.register_step_pre_hook(scale)
+    return Tuned(optimizer, **{"tune_betas": False, "tune_eps": True, **options})
+
+
+def eps_of(tuned: Tuned) -> float:
+    return float(tuned.optimizer.param_groups[0]["eps"])
+
+
+def root_of(tuned: Tuned) -> float:
+    (state,) = tuned.optimizer.state.values()
+    t = int(state["step"])
+    return float((0.999 * state["exp_avg_sq"] / (1 - 0.999 ** (t + 1))).sqrt().quantile(LOWEST))
+
+
+def test_eps_rises_towards_the_lowest_tenth_of_the_roots_and_lifts_p_min() -> None:
+    tuned = spread()
+    assert tuned.measure(10.0) == []  # it moves before a measurement, on what earlier ones have found
+    ((action, reason),) = tuned.later(9.0)
+    top = root_of(tuned)
+    assert action == "eps" and reason.startswith("eps 1e-08 -> ") and top < 1e-5
+    assert eps_of(tuned) == pytest.approx(1e-8 + STEP * (top - 1e-8), rel=1e-4)
+    for gamma in range(30):
+        tuned.later(8.0 - gamma / 10)
+    assert eps_of(tuned) == pytest.approx(root_of(tuned), rel=0.5)
+
+
+def test_the_range_bounds_eps_where_gradients_are_large() -> None:
+    tuned = Tuned(Adam([parameter(100)]), tune_betas=False, tune_eps=True, eps_range=(1e-9, 1e-6))
+    for gamma in range(40):
+        tuned.later(50.0 - gamma)
+    assert eps_of(tuned) == pytest.approx(1e-6)
+
+
+def test_eps_goes_back_under_slack_and_where_the_gradients_shrink() -> None:
+    tuned = spread()
+    for gamma in range(6):
+        tuned.later(10.0 - gamma)
+    before = eps_of(tuned)
+    (state,) = tuned.optimizer.state.values()
+    state["exp_avg_sq"].mul_(1e-6)
+    ((_, reason),) = tuned.later(3.0)
+    assert "above the second moment's root of more than 10% of the coordinates" in reason and eps_of(tuned) < before
+    for _ in range(9):
+        tuned.later(3.0, SLACK)
+    assert eps_of(tuned) == 1e-8
+
+
+def test_eps_is_undone_where_the_measurement_failed() -> None:
+    tuned = spread()
+    tuned.measure(10.0)
+    tuned.updates += 10_000
+    tuned.tuner.before_measuring(BINDS, tuned.updates)
+    assert eps_of(tuned) > 1e-8
+    assert tuned.tuner.settle(None, BINDS, tuned.updates) == []
+    assert eps_of(tuned) == 1e-8
+    tuned.tuner.before_measuring(BINDS, tuned.updates)
+    assert eps_of(tuned) > 1e-8  # and tried again; this time the measurement raises
+    tuned.tuner.before_measuring(None, tuned.updates)
+    assert eps_of(tuned) == 1e-8
+
+
+def test_eps_outside_of_its_range_stays() -> None:
+    tuned = Tuned(Adam([parameter()], eps=1e-2), tune_betas=False, tune_eps=True)
+    assert tuned.measure(10.0) == [
+        ("hold", "parameter group 0: eps 0.01 stays, for it lies outside of eps_range (0.0, 0.001)")
+    ]
+
+
+def test_betas_and_eps_take_turns() -> None:
+    tuned = spread(tune_betas=True)
+    moves = [
+        action for gamma in range(12) for action, reason in tuned.later(30.0 - gamma) if "->" in reason.split(":")[0]
+    ]
+    assert moves[:6] == ["betas", "eps"] * 3
+    assert all(a != b for a, b in pairwise(moves))
+
+
+def test_a_tuners_state_goes_on() -> None:
+    tuned = spread(tune_betas=True)
+    for gamma in range(5):
+        tuned.later(30.0 - gamma)
+    twin = copy.deepcopy(tuned.optimizer)
+    other = Tuner(Ensemble(twin), Tuning(tune_betas=True, tune_eps=True))
+    other.load_state_dict(copy.deepcopy(tuned.tuner.state_dict()))
+    for gamma in (20.0, 19.0, 30.0):
+        tuned.updates += 10_000
+        told = []
+        for tuner in (tuned.tuner, other):
+            tuner.before_measuring(BINDS, tuned.updates)
+            told.append(tuner.settle(gamma, BINDS, tuned.updates))
+        assert told[0] == told[1] and told[0]
+    assert other.state_dict() == tuned.tuner.state_dict()
+
+
+# ---- under a guard
+
+
+class Training:
+    """A small classifier that is measured at every tenth update; `rows` holds what each update was made with."""
+
+    def __init__(self, make: Any = Adam, lr: float = 3.0, schedule: Any = None, seed: int = 1, **options: Any) -> None:
+        torch.manual_seed(seed)
+        self.x = torch.randn(256, 8, dtype=torch.float64)
+        self.y = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).double()(self.x).argmax(1)
+        self.model = nn.Sequential(nn.Linear(8, 24), nn.Tanh(), nn.Linear(24, 4)).double()
+        self.optimizer = make(self.model.parameters(), lr=lr)
+        known = {"loggers": None, "max_overhead": 99.0, **options}
+        self.scheduler = CoherenceScheduler(self.optimizer, schedule, **known)
+        self.rows: list[tuple[float, Any, float]] = []
+
+    def loss(self) -> Tensor:
+        return nn.functional.cross_entropy(self.model(self.x[self.batch]), self.y[self.batch])
+
+    def train(self, updates: int, first: int = 0) -> Training:
+        for update in range(first, first + updates):
+            self.batch = torch.randint(256, (192,), generator=torch.Generator().manual_seed(update))
+            self.optimizer.zero_grad()
+            self.loss().backward()
+            self.scheduler.observe(self.loss)
+            state = self.scheduler._guard._state
+            state.due_at = 10 * (state.updates // 10)
+            if state.updates % 10:
+                state.due_at += 10
+            self.optimizer.step()
+            group = self.optimizer.param_groups[0]
+            self.rows.append((group["lr"], group.get("betas", group.get("momentum")), group.get("eps", 0.0)))
+            self.scheduler.step()
+        return self
+
+    def told(self, *actions: str) -> list[Any]:
+        return [decision for decision in self.scheduler.history if decision.action in actions]
+
+
+def test_off_by_default() -> None:
+    run = Training().train(60)
+    assert {row[1:] for row in run.rows} == {((0.9, 0.999), 1e-8)}
+    assert not run.told("betas", "eps", "hold") and run.scheduler.summary().capped_steps == 60
+
+
+@pytest.mark.parametrize("bound", ["momentum", "coherence"])
+def test_the_limit_in_force_is_that_of_the_betas_in_force(bound: str) -> None:
+    schedule = partial(LambdaLR, lr_lambda=lambda update: 1.0 if update < 65 else 1e-6)
+    run = Training(schedule=schedule, tune_betas=True, margin=0.5, tol=1e-5, bound=bound)
+    checked, betas = {"up": 0, "down": 0}, [(0.9, 0.999)]
+
+    def check(*_: Any) -> None:  # after the guard's own hook: inside the very update that the move is for
+        decision = run.scheduler.last_decision
+        if decision is None or decision.action != "betas" or decision.step != len(run.rows):
+            return
+        fresh = measure(run.optimizer, run.loss, tol=1e-6, bound=bound)
+        assert decision.lr_limit == pytest.approx(fresh.lr_limit, rel=1e-3)
+        assert run.optimizer.param_groups[0]["lr"] <= 0.5 * fresh.lr_limit * 1.001
+        assert decision.lr_after == run.optimizer.param_groups[0]["lr"] <= decision.cap
+        assert (decision.beta1, decision.beta2) == run.optimizer.param_groups[0]["betas"]
+        if "->" in decision.reason.split(":")[0]:
+            checked["up" if run.optimizer.param_groups[0]["betas"] > betas[-1] else "down"] += 1
+        betas.append(run.optimizer.param_groups[0]["betas"])
+
+    run.optimizer.register_step_pre_hook(check)
+    run.train(150)
+    assert checked["up"] >= 2 and checked["down"] >= 1, checked
+
+
+def test_the_limit_follows_a_beta1_that_moves() -> None:
+    run = Training(tune_betas=True, margin=0.5, beta2_range=(0.9, 0.95)).train(25)  # beta2 stays
+    held, moved = run.told("hold")[0], run.told("betas")[0]
+    assert "beta2 0.999 stays" in held.reason and moved.beta2 == 0.999
+    measured = next(d for d in run.scheduler.history if d.step == moved.step and d.num_matvecs)
+    t = moved.step + 1
+    c = [flip(b1, t) for b1 in (0.9, moved.beta1)]
+    assert moved.lr_limit / measured.lr_limit == pytest.approx(c[1] / c[0], rel=1e-6) and c[1] > c[0]
+
+
+def flip(b1: float, t: int) -> float:
+    """2 (1 + a) / (1 - a), a the decay of an average that is 1 + .9 (t - 1) updates old."""
+    age = 1 + 0.9 * (t - 1)
+    a = b1 * (1 - b1 ** (age - 1)) / (1 - b1**age)
+    return 2 * (1 + a) / (1 - a)
+
+
+def test_every_move_is_a_decision_and_what_followed_is_said() -> None:
+    run = Training(tune_betas=True).train(200)
+    moves = [d for d in run.told("betas") if "->" in d.reason.split(":")[0]]
+    changes = [now for old, now in pairwise(run.rows) if old[1] != now[1]]
+    assert len(moves) == len(changes) >= 2
+    assert [(d.beta1, d.beta2) for d in moves] == [row[1] for row in changes]
+    assert "the desired lr is" in moves[0].reason and "since the last move" not in moves[0].reason
+    assert all("gamma " in d.reason and "since the last move" in d.reason for d in run.told("betas")[1:])
+    measured = {d.step for d in run.scheduler.history if d.num_matvecs}
+    steps = [d.step for d in moves]
+    assert set(steps) <= measured and len(set(steps)) == len(steps)
+    assert all(d.num_matvecs == 0 and d.cost == 0 for d in moves)  # the measurement's own row has them
+    for earlier, later in pairwise(moves):
+        assert later.step - earlier.step >= min(earlier.step, 1 / (1 - 0.999)) * 0.9  # as long as the memory lasts
+
+
+def test_slack_at_a_schedules_end_brings_the_users_own_values_back() -> None:
+    schedule = partial(LambdaLR, lr_lambda=lambda update: 1.0 if update < 65 else 1e-6)
+    run = Training(schedule=schedule, tune_betas=True, beta1_range=(0.5, 0.95), beta2_range=(0.9, 0.999))
+    run.optimizer.param_groups[0]["betas"] = (0.7, 0.95)  # short memories: time for many moves
+    run.train(180)
+    moved = [row[1] for row in run.rows]
+    assert max(b1 for b1, _ in moved) > 0.75 and min(b2 for _, b2 in moved) < 0.945
+    assert moved[-1] == (0.7, 0.95)
+    assert any("e-" in d.reason and d.reason.endswith("times the cap") for d in run.told("betas"))
+
+
+def test_someone_elses_momentum_cycle_is_left_alone() -> None:
+    cycle = {"max_lr": 1.0, "total_steps": 90}
+    run = Training(schedule=lambda opt: OneCycleLR(opt, **cycle), tune_betas=True).train(80)
+    bare = Adam([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = OneCycleLR(bare, **cycle)
+    for _, betas, _ in run.rows:
+        assert betas == bare.param_groups[0]["betas"]
+        bare.step()
+        schedule.step()
+    assert [d.reason.split(": ")[1] for d in run.told("hold")][-1] == "someone else writes betas"
+    assert len(run.told("hold")) <= 2 and not run.told("betas")  # one for beta1, which starts at the end of its range
+
+
+def test_an_optimizer_without_betas_trains_on_as_ever() -> None:
+    tuned, plain = Training(SGD, tune_betas=True).train(60), Training(SGD).train(60)
+    assert tuned.rows == plain.rows
+    (held,) = tuned.told("hold")
+    assert held.reason == "parameter group 0: the optimizer has no betas that tune_betas could move"
+    assert held.failure is None and tuned.scheduler.summary().failures == 0
+
+
+@pytest.mark.parametrize(("margin", "moves"), [("auto", True), (0.5, False)])
+def test_where_lr_follows_the_cap_a_trial_step_must_ask_for_more(margin: Any, moves: bool) -> None:
+    run = Training(tune_betas=True, follow_limit=True, margin=margin, margin_max=0.2).train(80)
+    assert bool(run.told("betas")) == moves
+    if moves:
+        assert "a step 4 times as long would be fine" in run.told("betas")[0].reason
+
+
+@pytest.mark.parametrize("how", ["closed", "dropped", "succeeded"])
+def test_in_the_end_the_users_own_values_come_back(how: str) -> None:
+    run = Training(tune_betas=True, tune_eps=True).train(150)
+    _, (b1, b2), eps = run.rows[-1]
+    assert b1 > 0.9 and b2 < 0.999 and eps > 1e-8
+    states = [*run.optimizer.state.values()]
+    t = int(states[0]["step"])
+    seen = [s["exp_avg_sq"] / (1 - b2**t) for s in states]
+    if how == "closed":
+        run.scheduler.close()
+    elif how == "succeeded":
+        with pytest.warns(RuntimeWarning, match="already had a safe_lr scheduler"):
+            CoherenceGuard(run.optimizer, loggers=None).close()
+    else:
+        del run.scheduler
+        gc.collect()
+    group = run.optimizer.param_groups[0]
+    assert (group["betas"], group["eps"], group["lr"]) == ((0.9, 0.999), 1e-8, 3.0)
+    torch.testing.assert_close([s["exp_avg_sq"] / (1 - 0.999**t) for s in states], seen)
+
+
+def saved(*parts: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(parts, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@pytest.mark.parametrize("first", ["optimizer", "scheduler"])
+def test_a_resumed_run_goes_on_bit_for_bit(first: str) -> None:
+    options = {"tune_betas": True, "tune_eps": True}
+    whole, stopped = Training(**options).train(160), Training(**options).train(80)
+    assert stopped.rows[-1][1] != (0.9, 0.999)
+    model, optimizer, scheduler = saved(
+        *(p.state_dict() for p in (stopped.model, stopped.optimizer, stopped.scheduler))
+    )
+    resumed = Training(**options)
+    resumed.model.load_state_dict(model)
+    loads = [lambda: resumed.optimizer.load_state_dict(optimizer), lambda: resumed.scheduler.load_state_dict(scheduler)]
+    for load in loads if first == "optimizer" else loads[::-1]:
+        load()
+    resumed.train(80, first=80)
+    assert resumed.rows == whole.rows[80:]
+    assert len(whole.told("betas", "eps")) > len(stopped.told("betas", "eps"))
+    later = [{**asdict(d), "seconds": 0} for d in whole.scheduler.history if d.step >= 80]
+    assert [{**asdict(d), "seconds": 0} for d in resumed.scheduler.history] == later
+    resumed.scheduler.close()
+    assert resumed.optimizer.param_groups[0]["betas"] == (0.9, 0.999)
+
+
+def test_a_state_of_the_first_versions_is_loaded() -> None:
+    state = Training().train(20).scheduler.state_dict()
+    del state["guard"]["tuner"]
+    run = Training(tune_betas=True)
+    run.scheduler.load_state_dict(state)
+    run.train(40, first=20)
+    assert run.told("betas")
+
+
+def test_eps_lifts_p_min_and_the_limit_counts_it() -> None:
+    run = Training(tune_eps=True, margin=0.5, tol=1e-5, lambda_every=1)
+    seen = []
+
+    def check(*_: Any) -> None:
+        decision = run.scheduler.last_decision
+        if decision is not None and decision.action == "eps" and decision.step == len(run.rows):
+            fresh = measure(run.optimizer, run.loss, tol=1e-6)
+            assert decision.lr_limit == pytest.approx(fresh.lr_limit, rel=1e-3)
+            group = run.optimizer.param_groups[0]
+            moved, group["eps"] = group["eps"], 1e-8
+            without = measure(run.optimizer, run.loss, tol=1e-6)
+            group["eps"] = moved
+            assert fresh.p_min == pytest.approx(without.p_min + moved - 1e-8, rel=1e-6) and fresh.gamma <= without.gamma
+            seen.append(moved)
+
+    run.optimizer.register_step_pre_hook(check)
+    run.train(150)
+    assert len(seen) >= 2 and seen[0] > 1e-8
+
+
+def test_a_failed_measurement_moves_nothing_and_undoes_eps() -> None:
+    run = Training(tune_betas=True, tune_eps=True).train(14)
+    values = run.rows[-1][1:]
+
+    def fails() -> Tensor:
+        raise ValueError("no loss")
+
+    run.scheduler._guard._probe = [fails]
+    run.scheduler._guard._state.due_at = 0
+    with pytest.warns(RuntimeWarning, match="could not measure"):
+        run.train(40, first=14)
+    assert {row[1:] for row in run.rows[14:]} == {values}
+
+
+@pytest.mark.parametrize("option", ["tune_betas", "tune_eps"])
+@pytest.mark.parametrize("make", [AdamW, NAdam, RAdam, Adamax])
+def test_other_optimizers_are_tuned_too(make: Any, option: str) -> None:
+    run = Training(make, lr=30.0, margin_max=0.2, **{option: True}).train(60)
+    assert run.told("betas" if option == "tune_betas" else "eps")
+    assert all(d.failure is None for d in run.scheduler.history)
+    assert float(run.loss().detach()) < 1.2
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"beta1_range": (0.95, 0.9)}, ValueError),
+        ({"beta2_range": (0.99, 1.0)}, ValueError),
+        ({"eps_range": 1e-8}, TypeError),
+        ({"tune_betas": "yes"}, TypeError),
+    ],
+)
+def test_bad_options_are_refused_and_leave_no_hook(options: dict[str, Any], error: type[Exception]) -> None:
+    optimizer = Adam([parameter()])
+    with pytest.raises(error, match=next(iter(options))):
+        CoherenceScheduler(optimizer, **options)
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_the_config_that_loggers_are_told_has_the_ranges() -> None:
+    config = CoherenceGuard(Adam([parameter()]), loggers=None, tune_betas=True, beta1_range=[0.8, 0.9])._config()
+    assert config["tune_betas"] is True and config["beta1_range"] == (0.8, 0.9) and config["tune_eps"] is False
+
+
+# ---- a small demonstration; benchmarks say how much it is worth
+
+
+def final_loss(run: Training) -> float:
+    with torch.no_grad():
+        return float(nn.functional.cross_entropy(run.model(run.x), run.y))
+
+
+def test_at_an_lr_that_fits_nothing_moves_to_the_bit() -> None:
+    plain, tuned = (Training(lr=0.003, tune_betas=tune, tune_eps=tune).train(100) for tune in (False, True))
+    assert tuned.rows == plain.rows and final_loss(tuned) == final_loss(plain)
+    assert not tuned.told("betas", "eps", "hold")
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("option", ["tune_betas", "tune_eps"])
+def test_at_a_hundred_times_that_lr_moves_say_what_they_did_and_do_no_harm(option: str, seed: int) -> None:
+    plain, tuned = Training(seed=seed).train(150), Training(seed=seed, **{option: True}).train(150)
+    told = tuned.told("betas" if option == "tune_betas" else "eps")
+    assert len(told) >= 2 and "since the last move" in told[1].reason
+    assert all(0.9 <= b1 <= 0.95 and 0.99 <= b2 <= 0.999 and 1e-8 <= eps <= 1e-3 for _, (b1, b2), eps in tuned.rows)
+    assert final_loss(tuned) < 2 * final_loss(plain) < 0.2

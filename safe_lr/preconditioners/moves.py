@@ -72,6 +72,8 @@ def move_decays(
         if old is None or new is None:
             return False
         scaled += [(state[name], new[name] / old[name]) for name in new if name in state]
+    if not all(isinstance(average, Tensor) for average, _ in scaled):
+        return False  # all of them or none
     with torch.no_grad():
         for average, factor in scaled:
             average.mul_(factor)
