@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop
+from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop, SparseAdam
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from safe_lr import CoherenceGuard, CoherenceScheduler, measure
@@ -117,8 +117,10 @@ def test_after_a_move_the_first_update_changes_by_less_than_a_hundredth(case: Ca
     assert float(stream.step().norm() / still.step().norm()) == pytest.approx(1, abs=within)
 
 
-@pytest.mark.parametrize("case", [Case(Adam), Case(Adam, {"amsgrad": True}), Case(AdamW), Case(Adamax), Case(NAdam)],
-                         ids=str)  # fmt: skip
+STEADY = [Case(Adam), Case(Adam, {"amsgrad": True}), Case(AdamW), Case(Adamax), Case(NAdam), Case(SparseAdam)]
+
+
+@pytest.mark.parametrize("case", STEADY, ids=str)
 def test_under_steady_gradients_the_averages_become_those_of_the_new_betas_all_along(case: Case) -> None:
     stream, other = Stream(case, noise=0.0), Stream(Case(case.make, {**case.options, "betas": FAR}), noise=0.0)
     stream.step(30), other.step(30)
@@ -502,6 +504,16 @@ def test_betas_and_eps_take_turns() -> None:
     assert all(a != b for a, b in pairwise(moves))
 
 
+def test_one_waits_for_the_verdict_on_the_other() -> None:
+    tuned = spread(tune_betas=True)
+    assert [action for action, _ in tuned.measure(10.0)] == ["betas"]
+    for _ in range(3):
+        tuned.updates += 1  # the moments remember still
+        assert tuned.measure(10.0) == [] and eps_of(tuned) == 1e-8
+    assert [action for action, _ in tuned.later(9.0)] == ["betas"]  # the verdict
+    assert [action for action, _ in tuned.later(9.0)] == ["eps"]
+
+
 def test_a_tuners_state_goes_on() -> None:
     tuned = spread(tune_betas=True)
     for gamma in range(5):
@@ -603,6 +615,34 @@ def flip(b1: float, t: int) -> float:
     age = 1 + 0.9 * (t - 1)
     a = b1 * (1 - b1 ** (age - 1)) / (1 - b1**age)
     return 2 * (1 + a) / (1 - a)
+
+
+def test_a_beta1_that_is_taken_back_takes_the_cap_with_it() -> None:
+    run = Training(tune_betas=True, margin=0.5, growth=1e3).train(21)
+    tuner = run.scheduler._guard._tuner
+    assert run.told("betas")
+    tuner.betas.dial = replace(tuner.betas.dial, before=1e-9)  # whatever gamma is now, the move did not help
+    run.train(30, first=21)
+    back = next(d for d in run.told("betas") if "taken back" in d.reason)
+    measured = next(d for d in run.scheduler.history if d.step == back.step and d.num_matvecs)
+    assert measured.lr_after == pytest.approx(0.5 * measured.lr_limit)
+    assert back.lr_limit < 0.97 * measured.lr_limit and back.lr_before == measured.lr_after
+    assert run.rows[back.step][0] == back.lr_after == pytest.approx(0.5 * back.lr_limit)
+
+
+def test_a_young_average_goes_on_growing_old_after_a_verdict_that_moves_nothing() -> None:
+    run = Training(tune_betas=True, margin=0.5).train(21)
+    guard = run.scheduler._guard
+    guard._tuner.betas.dial = replace(guard._tuner.betas.dial, before=1e9, position=1.0)  # it helped, and is at the end
+    run.train(10, first=21)
+    while not run.told("betas")[-1].reason.startswith("betas stay"):
+        run.train(10, first=len(run.rows))
+    verdict = run.told("betas")[-1]
+    assert len(run.rows) == verdict.step + 1
+    run.train(3, first=len(run.rows))
+    t = verdict.step + 1
+    rise = flip(verdict.beta1, t + 3) / flip(verdict.beta1, t)
+    assert guard._state.figures["lr_limit"] / verdict.lr_limit == pytest.approx(rise, rel=1e-6) and rise > 1.0005
 
 
 def test_every_move_is_a_decision_and_what_followed_is_said() -> None:
