@@ -219,7 +219,9 @@ class Eps(Setting):
 
     def at(self, part: Part, own: Values, position: float) -> Values:
         (eps,) = own
-        return [None if eps is None else eps_at(position, eps, min(self.tuning.eps_range[1], self._typical(part)))]
+        if eps is None or not position:
+            return own
+        return [eps_at(position, eps, min(self.tuning.eps_range[1], self._typical(part)))]
 
     def write(self, part: Part, values: Values) -> bool:
         if values[0] is not None:

@@ -17,7 +17,8 @@ STEP = 1 / 8
 gradients are nothing but noise (tests/test_betas.py); with a sixth it would be 1.1 %."""
 
 PRESSES = 1.5
-"""From this ratio of desired lr to cap on, the cap holds lr back enough to move something ..."""
+"""From this ratio of desired lr to cap on, the cap holds lr back enough to move something (a guess, like the next two:
+no benchmark has chosen between them) ..."""
 
 HARD = 4.0
 """... and from this one on, to move it by a whole STEP."""
@@ -35,6 +36,9 @@ batch."""
 PATIENCE = 10
 """Most doublings of the wait after moves that did not help."""
 
+SINGLE = 1e-6
+"""Rounding of betas that are tensors in single precision: a .9 lies inside of (.9, .95)."""
+
 ROUNDING = 1e-9
 """Positions below this are the user's own value."""
 
@@ -48,7 +52,8 @@ class Tuning:
         beta1_range: The first moment's; it moves up. A group's own value outside is left alone.
         beta2_range: The second moment's (RMSprop's alpha); it moves down.
         tune_eps: Whether eps is.
-        eps_range: Its range; it moves up, and never above most of the second moment's roots.
+        eps_range: Its range; it moves up, and never above most of the second moment's roots, which mostly is the
+            narrower bound: the default has room for every optimizer's own eps.
 
     Raises:
         TypeError: Not a flag, or not a pair of numbers.
@@ -92,8 +97,8 @@ class Tuning:
         """
         (low1, high1), (low2, high2) = self.beta1_range, self.beta2_range
         return (
-            high1 if beta1 is not None and low1 <= beta1 < high1 else None,
-            low2 if beta2 is not None and low2 < beta2 <= high2 else None,
+            high1 if beta1 is not None and low1 - SINGLE <= beta1 < high1 - SINGLE else None,
+            low2 if beta2 is not None and low2 + SINGLE < beta2 <= high2 + SINGLE else None,
         )
 
 

@@ -294,6 +294,16 @@ def test_betas_go_as_far_as_gamma_falls_and_no_farther() -> None:
     assert tuned.later(20.0, SLACK) == [("betas", "betas stay: gamma 20 -> 20 since the last move")]
 
 
+def test_betas_that_are_tensors_are_tuned_and_given_back() -> None:
+    betas = (torch.tensor(0.9), torch.tensor(0.999))
+    tuned = Tuned(Adam([parameter()], betas=betas, foreach=False))
+    assert tuned.measure(10.0) == [("betas", "beta1 0.9 -> 0.9083, beta2 0.999 -> 0.99867: the cap binds")]
+    assert tuned.later(9.0)[0][0] == "betas"  # what it wrote, rounded, is not someone else's
+    assert tuned.optimizer.param_groups[0]["betas"][1] is betas[1] and float(betas[1]) < 0.9985
+    tuned.tuner.give_back()
+    assert [float(b) for b in betas] == [float(torch.tensor(b)) for b in (0.9, 0.999)]
+
+
 def test_the_end_of_the_ranges_is_the_end() -> None:
     tuned = Tuned(Adam([parameter()]))
     for gamma in range(30, 10, -1):

@@ -4,6 +4,7 @@ import math
 from itertools import pairwise
 
 import pytest
+import torch
 
 from safe_lr.tuning import (
     HARD,
@@ -79,6 +80,8 @@ def test_a_list_will_do_for_a_range():
         ((0.95, 0.99), (None, None)),  # at the ends already
         ((0.99, 0.9999), (None, None)),
         ((None, 0.995), (None, 0.99)),
+        (tuple(float(torch.tensor(b)) for b in (0.9, 0.999)), (0.95, 0.99)),  # as tensors hold them
+        (tuple(float(torch.tensor(b)) for b in (0.95, 0.99)), (None, None)),
     ],
 )
 def test_a_beta_outside_of_its_range_stays(own, ends):
