@@ -14,6 +14,7 @@ from safe_lr.policies import (
     MARGIN_SEARCHED,
     MATURE,
     MULTIPLE_START,
+    ROOM,
     SETTLED,
     TRIAL_PART,
     VOTES,
@@ -33,6 +34,7 @@ from safe_lr.policies import (
     rungs,
 )
 from safe_lr.stability import UpdateRule
+from safe_lr.tuning import pressure
 
 
 class Controller:
@@ -184,6 +186,12 @@ class Controller:
         """Whether trial steps found nothing wrong with a step at the cap."""
         cap = self.state.cap or 0.0
         return self._verdict(tried, self.planned(self.state.figures["lr_limit"], cap)) in ("fine", "roomy")
+
+    def press(self, lr_ref: float) -> tuple[float, str] | None:
+        """Returns how hard the cap binds, with the words for it (`pressure`); None without a cap."""
+        lengths = {"roomy": ROOM / self.policy.trial_slack, "fine": 1 / self.policy.trial_slack}
+        longer = lengths.get(self.state.trial or "") if self.policy.learns else None
+        return None if self.state.cap is None else pressure(lr_ref, self.state.cap, longer=longer)
 
     def follow(self, rules: list[UpdateRule | None]) -> None:
         """Carries limit and margin over to the coming step: gamma stays until it is measured again, c is known at each.

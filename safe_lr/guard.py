@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import weakref
 from collections import deque
@@ -11,7 +10,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -32,6 +30,8 @@ from safe_lr.policies import Policy
 from safe_lr.preconditioners import Preconditioner, decays
 from safe_lr.rates import Rates
 from safe_lr.stability import UpdateRule
+from safe_lr.tuner import Tuner
+from safe_lr.tuning import Range, Tuning
 
 NO_CLOSURE = (
     "safe_lr was given no closure for this update: call observe(lambda: criterion(model(x), y)) on the scheduler or "
@@ -100,6 +100,11 @@ class CoherenceGuard:
         log_path: str | Path | None = None,
         seed: int = 0,
         follow_limit: bool = False,
+        tune_betas: bool = False,
+        beta1_range: Range = (0.9, 0.95),
+        beta2_range: Range = (0.99, 0.999),
+        tune_eps: bool = False,
+        eps_range: Range = (0.0, 1e-3),
         restore: bool = True,
     ) -> None:
         self.ensemble = Ensemble(optimizer, preconditioner)
@@ -123,6 +128,7 @@ class CoherenceGuard:
             searched="trial" in self.ensemble.kinds,
         )
         self.policy = self._controller.policy
+        self._tuner = Tuner(self.ensemble, Tuning(tune_betas, beta1_range, beta2_range, tune_eps, eps_range))
         self.rates = Rates(self.ensemble, follow=follow_limit)
         self.history: deque[Decision] = deque(maxlen=HISTORY)
         self.last_measurement: Measurement | None = None
@@ -134,22 +140,11 @@ class CoherenceGuard:
         self._warned: set[str] = set()
         self._closed = self._counting = False
         self._log = Broadcast(resolve(loggers, log_path), self._config)
-        self._succeed()
+        _neighbours.succeed(self)
+        self.rates.read()  # an earlier guard has given the desired lrs back
         handles = around_updates(self.ensemble.members, self)
-        # Once the guard is gone, or the process ends, the optimizer has its desired lr and no hook of ours.
-        self._at_exit = weakref.finalize(self, _leave, handles, self.rates)
-
-    def _succeed(self) -> None:
-        """Takes the optimizer over from an earlier guard: two would take each other's caps for somebody's wish."""
-        for earlier in _neighbours.on(self.ensemble):
-            if earlier.summary().steps:
-                warn_user(
-                    "this optimizer already had a safe_lr scheduler; that one is closed, the new one takes over. "
-                    "close() the old one first to go without this warning."
-                )
-            earlier.close()
-        self.rates.read()
-        _neighbours.join(self)
+        # Once the guard is gone, or the process ends, the optimizer has its own lr and betas and no hook of ours.
+        self._at_exit = weakref.finalize(self, _leave, handles, self.rates, self._tuner)
 
     # ---- what the user calls
 
@@ -213,6 +208,7 @@ class CoherenceGuard:
             "counts": list(self.ensemble.counts) if self._counting else [],
             "rates": self.rates.state_dict(),
             "vectors": dict(self._instrument.vectors),
+            "tuner": self._tuner.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -232,9 +228,11 @@ class CoherenceGuard:
             self.ensemble.counts, self._counting = list(state_dict["counts"]), True
         self._controller.restore(State.from_state_dict(state_dict["state"]))
         self._instrument.vectors = dict(state_dict["vectors"])
+        if "tuner" in state_dict:  # not so in states of the first versions
+            self._tuner.load_state_dict(state_dict["tuner"])
 
     def close(self) -> None:
-        """Detaches from the optimizer, gives it back its desired lr, and closes the loggers. Safe to call twice."""
+        """Detaches from the optimizer, gives its own lr, betas and eps back, closes the loggers. Safe to call twice."""
         self._closed = True
         _neighbours.leave(self)
         self._at_exit()
@@ -285,7 +283,11 @@ class CoherenceGuard:
             budget = self._controller.affordable(alarm=alarm)
             if closure is not None and self._instrument.can_measure(closure, state, budget):
                 jump = f"the gradient norm is {size:.3g}, usual is {math.exp(usual.mean):.3g}" if alarm else None
-                self._decide(self._measured(closure, alarm), jump)
+                if not alarm:
+                    self._tuner.before_measuring(self._controller.press(self.rates.wanted), state.updates)
+                found = self._measured(closure, alarm)
+                self._decide(found, jump)
+                self._tune(found, alarm)
                 return
             if closure is None:
                 self._warn_once("observe", NO_CLOSURE)
@@ -389,7 +391,7 @@ class CoherenceGuard:
         control.starts(self._rules())
         try:
             found = self._instrument.measure(
-                self._watched(closures),
+                _neighbours.watched(self, closures),
                 shares,
                 state,
                 budget=control.affordable(alarm=alarm),
@@ -419,23 +421,6 @@ class CoherenceGuard:
             )
         return found
 
-    def _watched(self, closures: list[Closure]) -> list[Closure]:
-        """The closures, seen by the neighbours, if there are any."""
-        if _neighbours.alone(self):
-            return closures
-
-        def watch(closure: Closure) -> Closure:
-            @functools.wraps(closure)
-            def watched() -> Tensor:
-                loss = closure()
-                if isinstance(loss, Tensor):
-                    _neighbours.saw(self, loss)
-                return loss
-
-            return watched
-
-        return [watch(closure) for closure in closures]
-
     def _excused(self, error: Exception) -> Measurement:
         """Turns an error into a failed measurement, unless the user wants it raised or it asks training to stop."""
         if self._on_failure == "raise" or is_stop_request(error):
@@ -463,6 +448,22 @@ class CoherenceGuard:
             self._record("margin", moved, replace(found, num_matvecs=0, cost=0.0, seconds=0.0), after, after)
         self._record(*state.explain(found, before, after, capped=self.rates.capped), found, before, after)
 
+    def _tune(self, found: Measurement, alarm: bool) -> None:
+        """After a measurement: moves betas. P goes on as it was; what b1 does to c, the limit follows."""
+        state, group = self._state, self.rates.reference
+        before = self.rates.applied[group]
+        gamma = None if alarm or found.failure is not None else found.gamma
+        told = self._tuner.settle(gamma, self._controller.press(self.rates.wanted), state.updates)
+        if state.cap is not None and self.settings.bound == "momentum" and any(said[0] == "betas" for said in told):
+            self._controller.follow(self._rules())
+            state.following = True  # c of a young average goes on moving
+            state.cap = min(state.cap, state.margin * state.figures["lr_limit"])
+            self.apply()
+        limit = state.figures.get("lr_limit", math.nan)
+        found = replace(found, lr_limit=limit, failure=None, num_matvecs=0, cost=0.0, seconds=0.0)
+        for action, reason in told:
+            self._record(action, reason, found, before, self.rates.applied[group])
+
     def _record(self, action: Action, reason: str, found: Measurement, before: float, after: float) -> None:
         group = self.rates.reference
         desired, betas = self.rates.asked[group], decays(self.ensemble.param_groups[group])
@@ -477,6 +478,7 @@ class CoherenceGuard:
         return {
             **asdict(self.settings),
             **asdict(self.policy),
+            **asdict(self._tuner.tuning),
             "optimizer": self.ensemble.name,
             "seed": self._seed,
         }
@@ -492,7 +494,8 @@ class CoherenceGuard:
             warn_user(message)
 
 
-def _leave(handles: Sequence[RemovableHandle], rates: Rates) -> None:
+def _leave(handles: Sequence[RemovableHandle], rates: Rates, tuner: Tuner) -> None:
     for handle in handles:
         handle.remove()
     rates.give_back()
+    tuner.give_back()

@@ -18,6 +18,7 @@ from safe_lr.loggers import Logger
 from safe_lr.measurement import Measurement
 from safe_lr.objective import Closures
 from safe_lr.preconditioners import Preconditioner
+from safe_lr.tuning import Range
 
 Schedule = Callable[[Optimizer], LRScheduler] | LRScheduler | None
 
@@ -74,6 +75,14 @@ class CoherenceScheduler(LRScheduler):
         follow_limit: No lr to choose: lr is the cap itself, and a schedule only shapes it (its lr in units of its
             largest one is the part of the cap to use). The optimizer's own lr then sets the groups' ratios, and is what
             is used while nothing could be measured.
+        tune_betas: Whether betas (RMSprop's alpha) move inside their ranges, by steps that the first update hardly
+            shows: from your own values towards a shorter memory of squared gradients and a longer one of gradients
+            while the cap holds lr back, back again where gamma did not fall or there is slack. A group whose betas
+            someone else writes is left alone. `close()` gives your own back.
+        beta1_range, beta2_range: The ranges; a beta outside of its range stays as it is.
+        tune_eps: Whether eps moves up in the same way, which lifts P's smallest entries; never above the roots of the
+            second moment of nine tenths of the coordinates.
+        eps_range: Its range.
         preconditioner: None for what is registered, "from-update" to infer P from the update of an optimizer that is
             not, or a `Preconditioner`.
         on_failure: `hold` the last cap and record why, or `raise`.
@@ -128,6 +137,11 @@ class CoherenceScheduler(LRScheduler):
         credit: float = 120.0,
         lambda_every: int = 4,
         follow_limit: bool = False,
+        tune_betas: bool = False,
+        beta1_range: Range = (0.9, 0.95),
+        beta2_range: Range = (0.99, 0.999),
+        tune_eps: bool = False,
+        eps_range: Range = (0.0, 1e-3),
         preconditioner: str | Preconditioner | None = None,
         on_failure: str = "hold",
         loggers: str | Logger | Sequence[Logger] | None = "auto",
@@ -158,6 +172,11 @@ class CoherenceScheduler(LRScheduler):
             credit=credit,
             lambda_every=lambda_every,
             follow_limit=follow_limit,
+            tune_betas=tune_betas,
+            beta1_range=beta1_range,
+            beta2_range=beta2_range,
+            tune_eps=tune_eps,
+            eps_range=eps_range,
             preconditioner=preconditioner,
             on_failure=on_failure,
             loggers=loggers,
@@ -211,7 +230,7 @@ class CoherenceScheduler(LRScheduler):
         return self._guard.summary()
 
     def close(self) -> None:
-        """Detaches from the optimizer, gives it its desired lr back, closes the loggers. Safe to call twice."""
+        """Detaches from the optimizer, gives its own lr, betas and eps back, closes the loggers. Safe to call twice."""
         self._guard.close()
 
     # ---- being a torch scheduler

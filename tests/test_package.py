@@ -20,8 +20,9 @@ ORDER = (
     "integrations",
     "scheduler",
     "guard",
-    "hooks",
     "neighbours",
+    "hooks",
+    "tuner",
     "instrument",
     "controller",
     "accounts",
@@ -44,11 +45,12 @@ ORDER = (
     "lanczos",
     "stability",
     "policies",
+    "tuning",
     "decisions",
 )
 
 # Pure functions of numbers, tensors and matvecs: they know nothing of ours but what a decision is.
-PURE = ("lanczos", "stability", "policies", "decisions")
+PURE = ("lanczos", "stability", "policies", "tuning", "decisions")
 
 # What shows and tells; only the stateful modules and the command may know of it.
 OUTPUT = {"loggers", "report", "plots", "sweeps"}
