@@ -32,7 +32,8 @@ from safe_lr.objective import Closures, as_list
 from safe_lr.policies import Policy
 from safe_lr.preconditioners import Preconditioner, decays
 from safe_lr.rates import Rates
-from safe_lr.rewind import Rewinder, rewinds_allowed
+from safe_lr.rewind import rewinds_allowed
+from safe_lr.rewinder import Rewinder
 
 NO_CLOSURE = (
     "safe_lr was given no closure for this update: call observe(lambda: criterion(model(x), y)) on the scheduler or "

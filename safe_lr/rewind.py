@@ -1,32 +1,18 @@
-"""Rewinding: what to do about an update whose gradient or loss looks wrong, and going back where it has done harm.
+"""What to do about an update whose gradient or loss looks wrong: pure functions of numbers.
 
-The functions at the top decide, from numbers alone; a `Rewinder` holds the snapshot and does what they say. The
-question at a suspicious update is who is to blame, the batch or the parameters. The batch's loss under the present
-parameters and under those of the snapshot, a few updates older, tells: two forward passes, only when something looks
-wrong.
+The question is who is to blame, the batch or the parameters. The batch's loss under the present parameters and under
+those of a snapshot a few updates older tells: two forward passes, only when something looks wrong.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler
-
-from safe_lr.closures import Closure, Untouched, leave_no_trace, modules_in
-from safe_lr.controller import Controller
-from safe_lr.ensemble import Ensemble
-from safe_lr.measurement import COST_OF_LOSS
-from safe_lr.policies import MARGIN_DOWN, MARGIN_MIN, NormTrend, learned_margin
-from safe_lr.rates import Rates
-from safe_lr.snapshots import Buffers, Snapshot, check_room, free_memory
+from safe_lr.policies import NormTrend
 
 MOST = 5
 """Rewinds without healthy progress between them that `rewind=True` allows: by then the margin is cut eightfold."""
@@ -185,7 +171,7 @@ class Trouble:
     Attributes:
         step: Updates made before it.
         action: "drop" or "rewind".
-        back_to: The snapshot's update; `step` itself where the update was dropped.
+        back_to: Updates made before the snapshot.
         norm: The gradient's norm.
         usual_norm: The (geometric) mean norm before.
         loss_now: The batch's loss, None where it was not evaluated.
@@ -211,9 +197,7 @@ class Trouble:
         """One plain sentence with the figures."""
         seen = f"the gradient norm is {self.norm:.3g}, usual is {self.usual_norm:.3g}"
         if self.loss_now is not None and self.loss_then is not None:
-            seen += f"; the batch's loss is {self.loss_now:.4g}, at update {self.back_to} it was {self.loss_then:.4g}"
-            if self.action == "drop":
-                seen = seen.replace(f"at update {self.back_to} it was", "under the last snapshot it is")
+            seen += f"; the batch's loss is {self.loss_now:.4g}, under the last snapshot it is {self.loss_then:.4g}"
         if self.action == "drop":
             return f"update dropped, the batch is to blame: {seen}"
         return f"back from update {self.step} to {self.back_to}: {seen}; margin now {self.margin:.3g}"
@@ -243,324 +227,3 @@ class RewindsExhausted(RuntimeError):
             f"{len(rewinds)} rewinds in a row did not help; parameters and optimizer are those of update "
             f"{self.tries[-1].back_to}. What was tried:\n{told}\n{guess}. rewind= sets how many are allowed."
         )
-
-
-# ---- doing it
-
-
-@dataclass(frozen=True)
-class _Beside:
-    """What goes with a snapshot: the run's state, the schedule's, and each optimizer's count of updates."""
-
-    state: dict[str, Any]
-    schedule: dict[str, Any] | None
-    counts: list[int | None]
-
-
-class Rewinder:
-    """Keeps a snapshot, watches every update before it is made, and drops it or goes back where need be.
-
-    Args:
-        ensemble: The optimizers.
-        most: Rewinds without healthy progress between them, before it gives up.
-        device: Where the snapshot lies; None for where the parameters do.
-        free: Tells the free bytes of a device.
-        process_group: Whose ranks decide together, where torch.distributed is initialised; None for the default group.
-
-    Attributes:
-        snapshot: The snapshot.
-        schedule: The schedule that writes the optimizer's lr, if it is known: it goes back too.
-        tries: Troubles without healthy progress between them.
-        rewinds: How often it went back, in all.
-        drops: How many updates were dropped, in all.
-
-    Raises:
-        MemoryError: There is no room for the snapshot.
-    """
-
-    def __init__(
-        self,
-        ensemble: Ensemble,
-        most: int = MOST,
-        device: torch.device | str | None = None,
-        *,
-        free: Callable[[torch.device], int | None] = free_memory,
-        process_group: Any = None,
-    ) -> None:
-        self._expected = check_room(ensemble.members, device, free=free)
-        self.ensemble, self.most = ensemble, most
-        self.schedule: LRScheduler | None = None
-        self.snapshot, self._recent = Snapshot(ensemble.members, device), Buffers(device)
-        self.tries: list[Trouble] = []
-        self.rewinds = self.drops = 0
-        self._group = process_group
-        self._in_a_row = self._healthy_at = self._at = 0
-        self._watching = False
-        self._losses = Losses()
-        self._beside = _Beside({}, None, [])
-        self._held: list[tuple[Tensor, Tensor]] = []
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the snapshot; what is expected before the first one with all of the optimizer's state."""
-        return max(self._expected, self.snapshot.nbytes) + self._recent.nbytes
-
-    # ---- before an update
-
-    def inspect(
-        self,
-        norm: float,
-        loss: Tensor | float | None,
-        closures: Sequence[Closure] | None,
-        control: Controller,
-        rates: Rates,
-    ) -> Trouble | None:
-        """Looks at the coming update; where it is not to be made, takes its gradients away until `finish`.
-
-        Args:
-            norm: Its gradient's norm.
-            loss: Its loss, where that is known.
-            closures: Return it.
-            control: Has the run's state, which goes back with the rest, and the margin, which is cut.
-            rates: Desired and applied lrs.
-
-        Returns:
-            What was done, None where the update is to be made.
-
-        Raises:
-            RewindsExhausted: Going back does not help.
-        """
-        self.finish()
-        state = control.state
-        known, broken, alarm, outlier = self._agreed(
-            None if loss is None else self._sign() * float(loss),
-            not math.isfinite(norm),
-            state.trend.alarming(norm),
-            outlying(norm, state.trend),
-        )
-        suspicious = broken or alarm or (known is not None and self._losses.suspicious(known))
-        if not self.snapshot.taken:
-            self._take(closures, control, rates)
-        if not (suspicious or self._watching):
-            self._go_on(known, closures, control, rates)
-            return None
-        signs = Signs(not broken, not broken or self._intact(), outlier, drops=self._in_a_row)
-        found, cost = self._compare(closures) if signs.intact else (None, 0.0)
-        if found is not None:
-            signs = replace(signs, now=self._sign() * found[0], then=self._sign() * found[1])
-        action = judge(signs, self._losses)
-        state.cost += cost
-        if action == "apply":
-            self._watching, self._in_a_row = suspicious, 0  # what this update does shows at the next one
-            self._take(closures, control, rates)  # these parameters were just found to be sound
-            return None
-        seen = Trouble(
-            step=state.updates,
-            action=action,
-            back_to=self._at,
-            norm=norm,
-            usual_norm=math.exp(state.trend.mean),
-            loss_now=found[0] if found else None,
-            loss_then=found[1] if found else None,
-            lr=rates.applied[rates.reference],
-            margin=state.margin,
-            cost=cost,
-        )
-        return self._drop(seen) if action == "drop" else self._go_back(seen, control, rates)
-
-    def finish(self) -> bool:
-        """After an update: gives the gradients back that were taken away; returns whether there were any."""
-        held, self._held = self._held, []
-        for parameter, grad in held:
-            if parameter.grad is None:
-                parameter.grad = grad
-        return bool(held)
-
-    def heard(self, loss: float | None) -> None:
-        """Takes in a loss that was evaluated anyway, by a measurement or a trial step."""
-        if loss is not None and self._losses.suspicious(self._sign() * loss):
-            self._watching = True
-
-    @property
-    def dropping(self) -> bool:
-        """Whether the update under way is not being made."""
-        return bool(self._held)
-
-    # ---- the three ways on
-
-    def _go_on(self, loss: float | None, closures: Sequence[Closure] | None, control: Controller, rates: Rates) -> None:
-        updates = control.state.updates
-        self._in_a_row = 0
-        if loss is not None:
-            self._losses = self._losses.after(loss)
-        if updates - self._at >= EVERY:
-            self._take(closures, control, rates)
-        else:
-            self._recent.take()
-
-    def _drop(self, seen: Trouble) -> Trouble:
-        self.drops += 1
-        self._in_a_row += 1
-        self._hold_gradients()
-        self._recent.restore()  # the batch went through BatchNorm
-        return self._tell(seen)
-
-    def _go_back(self, seen: Trouble, control: Controller, rates: Rates) -> Trouble:
-        updates = control.state.updates
-        if updates >= self._healthy_at:
-            self.tries = [t for t in self.tries if t.step == updates]
-        tried = sum(t.action == "rewind" for t in self.tries)
-        margin, cap = _cut(control, rates.wanted)
-        self._restore(rates, random_streams=tried == 0)
-        control.state = state = control.state.gone_back(self._beside.state)
-        state.margin = min(state.margin, margin)
-        if state.cap is not None:
-            state.cap = min(state.cap, cap)
-        self._healthy_at = updates + (updates - self._at) + EVERY
-        self._watching = False
-        told = self._tell(replace(seen, margin=state.margin))
-        if tried >= self.most:
-            raise RewindsExhausted(self.tries)
-        self.rewinds += 1
-        self._hold_gradients()
-        return told
-
-    def _tell(self, trouble: Trouble) -> Trouble:
-        self.tries = [*self.tries, trouble][-100:]
-        return trouble
-
-    def _hold_gradients(self) -> None:
-        # Without gradients an optimizer moves nothing: no parameter, no average, no count of its own, no weight decay.
-        for group in self.ensemble.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._held.append((parameter, parameter.grad))
-                    parameter.grad = None
-
-    # ---- the snapshot
-
-    def _take(self, closures: Sequence[Closure] | None, control: Controller, rates: Rates) -> None:
-        rates.give_back()  # the groups then show the desired lrs
-        modules = None if closures is None else [module for closure in closures for module in modules_in(closure)]
-        self.snapshot.take(modules)
-        self._recent.take(modules)
-        schedule = None if self.schedule is None else copy.deepcopy(self.schedule.state_dict())
-        self._beside = _Beside(control.state.state_dict(), schedule, list(self.ensemble.counts))
-        self._at = control.state.updates
-        rates.apply(control.state.cap)
-
-    def _restore(self, rates: Rates, *, random_streams: bool) -> None:
-        rates.give_back()
-        ours = self.schedule is not None and self._beside.schedule is not None
-        self.snapshot.restore(leave=() if ours else ("lr",), random_streams=random_streams)
-        if self.schedule is not None and self._beside.schedule is not None:
-            self.schedule.load_state_dict(copy.deepcopy(self._beside.schedule))
-        self.ensemble.counts = list(self._beside.counts)
-        rates.read()
-
-    # ---- looking closer
-
-    def _sign(self) -> float:
-        return -1.0 if all(group.get("maximize", False) for group in self.ensemble.param_groups) else 1.0
-
-    def _intact(self) -> bool:
-        finite = [torch.isfinite(p.detach()).all() for group in self.ensemble.param_groups for p in group["params"]]
-        return self._summed(float(not all(map(bool, finite))))[0] == 0
-
-    def _compare(self, closures: Sequence[Closure] | None) -> tuple[tuple[float, float] | None, float]:
-        """The batch's loss under the present and under the snapshot's parameters, and what that cost."""
-        if self._summed(float(not closures))[0] or not closures:
-            return None, 0.0
-        now = then = failed = 0.0
-        try:
-            with leave_no_trace([p for group in self.ensemble.param_groups for p in group["params"]]) as untouched:
-                now = _mean_loss(untouched, closures)
-                self.snapshot.write_model()
-                then = _mean_loss(untouched, closures)
-        except (RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError):
-            failed = 1.0  # a closure that cannot be evaluated tells nothing: the gradient alone has to do
-        now, then, failed = self._summed(now, then, failed)
-        return None if failed else (now / self._ranks(), then / self._ranks()), 2 * COST_OF_LOSS
-
-    # ---- several processes: all of them must come to one decision
-
-    def _agreed(self, loss: float | None, *flags: bool) -> tuple[Any, ...]:
-        """The mean loss, None where a rank knows none, and which flags are up on any rank. One not finite is broken."""
-        total, unknown, *up = self._summed(loss or 0.0, float(loss is None), *map(float, flags))
-        broken = bool(up[0]) or not math.isfinite(total)
-        return (None if unknown else total / self._ranks(), broken, *map(bool, up[1:]))
-
-    def _ranks(self) -> int:
-        return dist.get_world_size(self._group) if dist.is_available() and dist.is_initialized() else 1
-
-    def _summed(self, *numbers: float) -> list[float]:
-        if self._ranks() == 1:
-            return list(numbers)
-        on_gpu = dist.get_backend(self._group) == "nccl"
-        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-        tensor = torch.tensor(numbers, dtype=torch.float64, device=device)
-        dist.all_reduce(tensor, group=self._group)
-        return [float(x) for x in tensor.tolist()]
-
-    # ---- saving
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the counts and what led to them: plain numbers and words. The snapshot is not saved."""
-        return {
-            "rewinds": self.rewinds,
-            "drops": self.drops,
-            "in_a_row": self._in_a_row,
-            "healthy_at": self._healthy_at,
-            "losses": list(self._losses.last),
-            "tries": [asdict(trouble) for trouble in self.tries],
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores `state_dict()`; the next update takes a new snapshot."""
-        self.rewinds, self.drops = state["rewinds"], state["drops"]
-        self._in_a_row, self._healthy_at = state["in_a_row"], state["healthy_at"]
-        self._losses = Losses(tuple(state["losses"]))
-        self.tries = [Trouble(**trouble) for trouble in state["tries"]]
-        self.snapshot.taken = False
-
-
-def _cut(control: Controller, wanted: float) -> tuple[float, float]:
-    """The margin and the cap that go with an lr smaller than the one that did harm."""
-    state, policy = control.state, control.policy
-    used = min(wanted, math.inf if state.cap is None else state.cap)
-    limit = state.figures.get("lr_limit")
-    margin = state.margin
-    if policy.learns and limit is not None and math.isfinite(used):
-        margin = learned_margin(
-            margin,
-            planned=used,
-            desired=used,
-            lr_limit=limit,
-            trial_failed=False,
-            alarm=True,
-            margin_max=policy.margin_max,
-        )
-    elif policy.learns:
-        margin = max(MARGIN_MIN, margin / MARGIN_DOWN)
-    return margin, used / MARGIN_DOWN
-
-
-def _mean_loss(untouched: Untouched, closures: Sequence[Closure]) -> float:
-    return sum(_loss(untouched, closure) for closure in closures) / len(closures)
-
-
-def _loss(untouched: Untouched, closure: Closure) -> float:
-    # Without a graph: cheaper, and DistributedDataParallel then waits for no backward pass. A loss that differentiates
-    # inside (a physics-informed one) needs it.
-    try:
-        with torch.no_grad():
-            return _value(untouched.call(closure))
-    except RuntimeError:
-        return _value(untouched.call(closure))
-
-
-def _value(returned: Any) -> float:
-    if isinstance(returned, tuple):  # gauss-newton and fisher: (outputs, loss_of_outputs)
-        outputs, loss_of = returned
-        returned = loss_of(outputs)
-    return float(returned.detach().mean())

@@ -23,7 +23,7 @@ ORDER = (
     "hooks",
     "neighbours",
     "instrument",
-    "rewind",
+    "rewinder",
     "controller",
     "accounts",
     "rates",
@@ -45,6 +45,7 @@ ORDER = (
     "preconditioners",
     "lanczos",
     "stability",
+    "rewind",
     "policies",
     "decisions",
 )
