@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -272,13 +273,16 @@ def expected_bytes(optimizer: Optimizer) -> int:
             p.grad = torch.empty_like(p)
         if rehearsed:
             groups.append({**group, "params": rehearsed})
+    kind, actor = type(optimizer), None
+    options = {k: v for k, v in optimizer.defaults.items() if k in inspect.signature(kind).parameters}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            actor = type(optimizer)(groups, **optimizer.defaults)
+            actor = kind(groups, **options)
             actor.step()
-    except Exception:  # noqa: BLE001 (some read their numbers, which are not there; the reckoning below stands in)
-        return (1 + STATES) * parameters
+    except Exception:  # noqa: BLE001 (some read their numbers, which are not there; the state is made by then, or not)
+        if actor is None or any(not actor.state.get(p) for group in groups for p in group["params"]):
+            return (1 + STATES) * parameters
     return parameters + _tensor_bytes(actor.state)
 
 
