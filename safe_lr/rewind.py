@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from safe_lr.policies import NormTrend
+from safe_lr.policies import ALARM_AFTER, ALARM_FACTOR, NormTrend
 
 MOST = 5
 """Rewinds without healthy progress between them that `rewind=True` allows: by then the margin is cut eightfold."""
@@ -24,24 +24,28 @@ OUTLIER = 30.0
 """From this many times the usual norm on a gradient can only do harm, and its update is dropped: with b2 = .999 its
 square then outweighs all others in the second moment, 1 / sqrt(1 - b2) = 32, and Adam crawls for a thousand updates."""
 
-OUTLIER_DEVIATIONS = 6.0
+FAR_OUT = 6.0
 """... if it is also this many standard deviations (of log norms) above the mean."""
 
 DROPS = 2
 """Updates dropped in a row. After that an outlier is what gradients have come to look like, and is let through; and
 gradients that are still not finite are the parameters' fault."""
 
-JUMP = 1.5
-"""The loss has jumped if it is this many times what it was, on the same batch ..."""
+JUMP = 2.0
+"""The loss has jumped if it is this many times what it was, on the same batch. Where the usual losses are known it may
+be less: SPREADS times their spread, but at least ..."""
+
+LEAST = 1.1
+"""... this many times."""
 
 SPREADS = 6.0
-"""... or, where the usual losses are known, higher by this many times their spread, and by at least ..."""
+"""A loss this many (robust) standard deviations above the median is worth a closer look."""
 
-LEAST = 0.1
-"""... this part of their median."""
+KNOWN = 50
+"""Losses to remember ..."""
 
-KNOWN = 20
-"""Losses to remember; from 8 on their spread is trusted."""
+TRUSTED = 8
+"""... and from how many on their spread is trusted."""
 
 Action = Literal["apply", "drop", "rewind"]
 
@@ -72,10 +76,15 @@ def rewinds_allowed(rewind: bool | int) -> int:
 class Losses:
     """The newest losses of healthy updates: what is usual. Signed such that less is better.
 
+    Losses are compared by the log of their ratio, as gradient norms are; where one is not positive, by their difference
+    in units of what is usual.
+
     Example:
         >>> usual = Losses(tuple(1.0 + 0.01 * (-1) ** k for k in range(10)))
-        >>> usual.jumped(1.05, usual.median), usual.jumped(1.2, usual.median), Losses().jumped(1.2, 1.0)
-        (False, True, False)
+        >>> usual.jumped(1.05, 1.0), usual.jumped(1.2, 1.0), Losses().jumped(1.2, 1.0), Losses().jumped(2.1, 1.0)
+        (False, True, False, True)
+        >>> usual.suspicious(1.05), usual.suspicious(1.2)
+        (False, True)
     """
 
     last: tuple[float, ...] = ()
@@ -85,38 +94,67 @@ class Losses:
         """Their median, 0 where none is known."""
         return statistics.median(self.last) if self.last else 0.0
 
+    @property
+    def spread(self) -> float | None:
+        """Their standard deviation by the median of deviations, None before enough are known."""
+        if len(self.last) < TRUSTED:
+            return None
+        return 1.4826 * statistics.median(abs(self.above(loss, self.median)) for loss in self.last)
+
+    def above(self, loss: float, other: float) -> float:
+        """Returns how far a loss is above another: the log of their ratio, where there is one."""
+        if not math.isfinite(loss):
+            return math.inf
+        if loss > 0 and other > 0:
+            return math.log(loss / other)
+        return (loss - other) / max(abs(other), abs(self.median), 1e-30)
+
     def jumped(self, now: float, then: float) -> bool:
-        """Whether a loss is worse than an earlier one by more than losses usually differ, or no longer finite."""
+        """Whether a batch's loss is worse than it was by more than updates explain, or no longer finite."""
         if not math.isfinite(then):
             return False
-        if not math.isfinite(now):
-            return True
-        tolerated = (JUMP - 1) * max(abs(then), abs(self.median))
-        if len(self.last) >= 8:
-            spread = 1.4826 * statistics.median(abs(loss - self.median) for loss in self.last)
-            tolerated = min(tolerated, max(SPREADS * spread, LEAST * abs(self.median)))
-        return now - then > tolerated
+        tolerated = math.log(JUMP)
+        if self.spread is not None:
+            tolerated = min(tolerated, max(SPREADS * self.spread, math.log(LEAST)))
+        return self.above(now, then) > tolerated
+
+    def deviations(self, loss: float) -> float:
+        """Returns how many standard deviations a loss is above the median; 0 before enough are known."""
+        if self.spread is None:
+            return 0.0
+        above = self.above(loss, self.median)
+        return max(0.0, above / self.spread if self.spread > 0 else math.copysign(math.inf, above) if above else 0.0)
 
     def suspicious(self, loss: float) -> bool:
-        """Whether a batch's loss is far from the usual; never before 8 are known."""
-        return not math.isfinite(loss) or (len(self.last) >= 8 and self.jumped(loss, self.median))
+        """Whether a batch's loss is far from the usual; never before enough are known, unless it is not finite."""
+        far = self.deviations(loss) > SPREADS and self.above(loss, self.median) > math.log(LEAST)
+        return far or not math.isfinite(loss)
 
     def after(self, loss: float) -> Losses:
         """Returns the losses with one more in it; one that is not finite is left out."""
         return Losses((*self.last[1 - KNOWN :], loss)) if math.isfinite(loss) else self
 
 
-def outlying(norm: float, usual: NormTrend) -> bool:
-    """Whether a gradient is so far out that it can only do harm.
+def outlying(norm: float, usual: NormTrend, loss: float | None = None, losses: Losses | None = None) -> bool:
+    """Whether a batch is so far out that its gradient can only do harm.
+
+    By its gradient norm alone, from OUTLIER times the usual on; or by norm and loss together: ALARM_FACTOR and JUMP
+    times the usual, and both deviations together (the root of their squares) more than FAR_OUT.
 
     Example:
-        >>> usual = NormTrend(mean=0.0, variance=0.01, count=50)
-        >>> outlying(29.0, usual), outlying(31.0, usual)
-        (False, True)
+        >>> usual, losses = NormTrend(mean=0.0, variance=0.1, count=50), Losses((1.0, 1.1, 1.2) * 4)
+        >>> outlying(29.0, usual), outlying(31.0, usual), outlying(5.0, usual, 9.0, losses)
+        (False, True, True)
     """
-    if not usual.alarming(norm) or not math.isfinite(norm):
+    if usual.count < ALARM_AFTER or not 0 < norm < math.inf:
         return False
-    return math.log(norm) - usual.mean > max(math.log(OUTLIER), OUTLIER_DEVIATIONS * math.sqrt(usual.variance))
+    above, deviation = math.log(norm) - usual.mean, math.sqrt(usual.variance)
+    deviations = above / deviation if deviation > 0 else math.copysign(math.inf, above)
+    if above > math.log(OUTLIER) and deviations > FAR_OUT:
+        return True
+    if loss is None or losses is None or not losses.above(loss, losses.median) > math.log(JUMP):
+        return False
+    return above > math.log(ALARM_FACTOR) and math.hypot(deviations, losses.deviations(loss)) > FAR_OUT
 
 
 @dataclass(frozen=True)
@@ -126,7 +164,7 @@ class Signs:
     Attributes:
         finite: Whether gradient and loss are.
         intact: Whether the parameters are finite.
-        outlier: See `outlying`.
+        outlier: Whether the batch is far out: see `outlying`, or by what it has done to a buffer.
         now: The batch's loss under the present parameters; None where it could not be evaluated.
         then: The same under the snapshot's.
         drops: Updates dropped just before.

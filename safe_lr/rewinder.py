@@ -17,9 +17,9 @@ from safe_lr.closures import Closure, Untouched, leave_no_trace, modules_in
 from safe_lr.controller import Controller
 from safe_lr.ensemble import Ensemble
 from safe_lr.measurement import COST_OF_LOSS
-from safe_lr.policies import MARGIN_DOWN, MARGIN_MIN, learned_margin
+from safe_lr.policies import ALARM_AFTER, MARGIN_DOWN, MARGIN_MIN, learned_margin
 from safe_lr.rates import Rates
-from safe_lr.rewind import EVERY, MOST, Losses, RewindsExhausted, Signs, Trouble, judge, outlying
+from safe_lr.rewind import EVERY, MOST, OUTLIER, Losses, RewindsExhausted, Signs, Trouble, judge, outlying
 from safe_lr.snapshots import Buffers, Snapshot, check_room, free_memory
 
 
@@ -107,14 +107,16 @@ class Rewinder:
         """
         self.finish()
         state = control.state
+        own = None if loss is None else self._sign() * float(loss)
+        strayed = self._recent.stray(OUTLIER) and state.trend.count >= ALARM_AFTER
         known, broken, alarm, outlier, watching = self._agreed(
-            None if loss is None else self._sign() * float(loss),
+            own,
             not math.isfinite(norm),
             state.trend.alarming(norm),
-            outlying(norm, state.trend),
+            outlying(norm, state.trend, own, self._losses) or strayed,
             self._watching,
         )
-        suspicious = broken or alarm or (known is not None and self._losses.suspicious(known))
+        suspicious = broken or alarm or outlier or (known is not None and self._losses.suspicious(known))
         if not self.snapshot.taken:
             self._take(closures, control, rates)
         if not (suspicious or watching):
@@ -178,7 +180,7 @@ class Rewinder:
         self.drops += 1
         self._in_a_row += 1
         self._hold_gradients()
-        self._recent.restore()  # the batch went through BatchNorm
+        self._recent.restore(only_moving=True)  # the batch went through BatchNorm
         return self._tell(seen)
 
     def _go_back(self, seen: Trouble, control: Controller, rates: Rates) -> Trouble:

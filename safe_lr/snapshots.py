@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -43,6 +44,8 @@ class Buffers:
     def __init__(self, device: Place = None) -> None:
         self.device = device
         self._kept: dict[tuple[nn.Module, str], tuple[Tensor, _Kept]] = {}
+        self._norms: dict[tuple[nn.Module, str], float] = {}
+        self._still: set[tuple[nn.Module, str]] = set()
 
     @property
     def nbytes(self) -> int:
@@ -59,12 +62,36 @@ class Buffers:
                     _, old = before.get((module, name), (None, None))
                     self._kept[module, name] = buffer, _Kept.of(buffer, self.device, old)
 
-    def restore(self) -> None:
-        """Puts the values back, into the very tensors; one that a module has replaced since is put in its place."""
+    def restore(self, *, only_moving: bool = False) -> None:
+        """Puts the values back, into the very tensors; one that a module has replaced since is put in its place.
+
+        Args:
+            only_moving: Leaves those alone that `stray` found not to change from one update to the next: whoever wrote
+                one now was the user.
+        """
         for (module, name), (buffer, kept) in self._kept.items():
+            if only_moving and (module, name) in self._still:
+                continue
             back = kept.into(buffer)
             if module._buffers.get(name) is not back:
                 module._buffers[name] = back
+
+    def stray(self, factor: float) -> bool:
+        """Whether one has grown by more than `factor` since the last call, or is no longer finite.
+
+        Asked at each update it sees what no gradient shows: behind a BatchNorm inputs of any size give the same
+        gradient, but its running variance takes them in. Those that had not moved before do not count.
+        """
+        floats = {key: buffer for key, (buffer, _) in self._kept.items() if buffer.is_floating_point()}
+        before, self._norms = self._norms, dict(zip(floats, _norms(floats.values()), strict=True))
+        known = {key: (before[key], norm) for key, norm in self._norms.items() if key in before}
+        strayed = any(
+            math.isfinite(then) and not now <= factor * then
+            for key, (then, now) in known.items()
+            if then > 0 and key not in self._still
+        )
+        self._still = {key for key, (then, now) in known.items() if now == then}
+        return strayed
 
 
 class Snapshot:
@@ -243,6 +270,12 @@ def _nbytes(saved: Any) -> int:
 
 def _parameters(optimizers: Iterable[Optimizer]) -> list[Tensor]:
     return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+
+
+def _norms(tensors: Iterable[Tensor]) -> list[float]:
+    """The norms of some tensors, fetched at once."""
+    norms = [torch.linalg.vector_norm(t.detach(), dtype=torch.float32) for t in tensors]
+    return [float(x) for x in torch.stack([n.to(norms[0].device) for n in norms]).tolist()] if norms else []
 
 
 def _tree(modules: Iterable[nn.Module]) -> list[nn.Module]:
