@@ -15,7 +15,7 @@ from typing import Literal
 from safe_lr.policies import ALARM_AFTER, ALARM_FACTOR, NormTrend
 
 MOST = 5
-"""Rewinds without healthy progress between them that `rewind=True` allows: by then the margin is cut eightfold."""
+"""Rewinds without healthy progress between them that `rewind=True` allows: by then lr is cut eightfold."""
 
 EVERY = 10
 """Updates between snapshots: as much progress is lost at most, and a copy every ten updates costs next to nothing."""
@@ -28,8 +28,12 @@ FAR_OUT = 6.0
 """... if it is also this many standard deviations (of log norms) above the mean."""
 
 DROPS = 2
-"""Updates dropped in a row. After that an outlier is what gradients have come to look like, and is let through; and
-gradients that are still not finite are the parameters' fault."""
+"""Updates dropped in a row because of gradients that are not finite; after that it is the parameters' fault. And
+batches far out that may be dropped one after the other ..."""
+
+REFILL = 100
+"""... and one more in each REFILL updates. What is more frequent belongs to the data: rare tokens, for example, have
+gradients far out, and must be learned too."""
 
 JUMP = 2.0
 """The loss has jumped if it is this many times what it was, on the same batch. Where the usual losses are known it may
@@ -164,7 +168,7 @@ class Signs:
     Attributes:
         finite: Whether gradient and loss are.
         intact: Whether the parameters are finite.
-        outlier: Whether the batch is far out: see `outlying`, or by what it has done to a buffer.
+        outlier: Whether the batch is far out (see `outlying`, or by what it has done to a buffer) and may be dropped.
         now: The batch's loss under the present parameters; None where it could not be evaluated.
         then: The same under the snapshot's.
         drops: Updates dropped just before.
@@ -190,13 +194,13 @@ def judge(signs: Signs, usual: Losses) -> Action:
         ('rewind', 'apply')
         >>> judge(Signs(finite=False, now=math.nan, then=math.nan), usual), judge(Signs(outlier=True), usual)
         ('drop', 'drop')
-        >>> judge(Signs(finite=False, drops=DROPS), usual), judge(Signs(outlier=True, drops=DROPS), usual)
+        >>> judge(Signs(finite=False, drops=DROPS), usual), judge(Signs(), usual)
         ('rewind', 'apply')
     """
     worse = signs.now is not None and signs.then is not None and usual.jumped(signs.now, signs.then)
     if not signs.intact or worse or (not signs.finite and signs.drops >= DROPS):
         return "rewind"
-    return "drop" if not signs.finite or (signs.outlier and signs.drops < DROPS) else "apply"
+    return "drop" if signs.outlier or not signs.finite else "apply"
 
 
 # ---- what was done, and giving up
@@ -216,6 +220,7 @@ class Trouble:
         loss_then: The same under the snapshot's parameters.
         lr: The lr (of the reference group) in use.
         margin: The margin after it.
+        cap: The cap after it, None where there is none.
         cost: Gradient evaluations spent on finding out.
     """
 
@@ -228,6 +233,7 @@ class Trouble:
     loss_then: float | None
     lr: float
     margin: float
+    cap: float | None
     cost: float
 
     @property
@@ -238,7 +244,8 @@ class Trouble:
             seen += f"; the batch's loss is {self.loss_now:.4g}, under the last snapshot it is {self.loss_then:.4g}"
         if self.action == "drop":
             return f"update dropped, the batch is to blame: {seen}"
-        return f"back from update {self.step} to {self.back_to}: {seen}; margin now {self.margin:.3g}"
+        cut = "no cap to cut yet" if self.cap is None else f"margin now {self.margin:.3g}, cap {self.cap:.3g}"
+        return f"back from update {self.step} to {self.back_to}: {seen}; {cut}"
 
 
 class RewindsExhausted(RuntimeError):

@@ -19,7 +19,19 @@ from safe_lr.ensemble import Ensemble
 from safe_lr.measurement import COST_OF_LOSS
 from safe_lr.policies import ALARM_AFTER, MARGIN_DOWN, MARGIN_MIN, learned_margin
 from safe_lr.rates import Rates
-from safe_lr.rewind import EVERY, MOST, OUTLIER, Losses, RewindsExhausted, Signs, Trouble, judge, outlying
+from safe_lr.rewind import (
+    DROPS,
+    EVERY,
+    MOST,
+    OUTLIER,
+    REFILL,
+    Losses,
+    RewindsExhausted,
+    Signs,
+    Trouble,
+    judge,
+    outlying,
+)
 from safe_lr.snapshots import Buffers, Snapshot, check_room, free_memory
 
 
@@ -39,7 +51,7 @@ class Rewinder:
         ensemble: The optimizers.
         most: Rewinds without healthy progress between them, before it gives up.
         device: Where the snapshot lies; None for where the parameters do.
-        free: Tells the free bytes of a device.
+        free: Tells the free bytes of a device; None for `free_memory`.
         process_group: Whose ranks decide together, where torch.distributed is initialised; None for the default group.
 
     Attributes:
@@ -59,10 +71,10 @@ class Rewinder:
         most: int = MOST,
         device: torch.device | str | None = None,
         *,
-        free: Callable[[torch.device], int | None] = free_memory,
+        free: Callable[[torch.device], int | None] | None = None,
         process_group: Any = None,
     ) -> None:
-        self._expected = check_room(ensemble.members, device, free=free)
+        self._expected = check_room(ensemble.members, device, free=free or free_memory)
         self.ensemble, self.most = ensemble, most
         self.schedule: LRScheduler | None = None
         self.snapshot, self._recent = Snapshot(ensemble.members, device), Buffers(device)
@@ -70,6 +82,7 @@ class Rewinder:
         self.rewinds = self.drops = 0
         self._group = process_group
         self._in_a_row = self._healthy_at = self._at = 0
+        self._droppable = float(DROPS)  # batches far out that may still be dropped
         self._watching = False
         self._losses = Losses()
         self._beside = _Beside({}, None, [])
@@ -122,14 +135,16 @@ class Rewinder:
         if not (suspicious or watching):
             self._go_on(known, closures, control, rates)
             return None
-        signs = Signs(not broken, not broken or self._intact(), outlier, drops=self._in_a_row)
+        droppable = outlier and self._droppable >= 1
+        signs = Signs(not broken, not broken or self._intact(), droppable, drops=self._in_a_row)
         found, cost = self._compare(closures) if signs.intact else (None, 0.0)
         if found is not None:
             signs = replace(signs, now=self._sign() * found[0], then=self._sign() * found[1])
         action = judge(signs, self._losses)
         state.cost += cost
         if action == "apply":
-            self._watching, self._in_a_row = suspicious, 0  # what this update does shows at the next one
+            self._watching = suspicious  # what this update does shows at the next one
+            self._count_in(known)
             self._take(closures, control, rates)  # these parameters were just found to be sound
             return None
         seen = Trouble(
@@ -142,6 +157,7 @@ class Rewinder:
             loss_then=found[1] if found else None,
             lr=rates.applied[rates.reference],
             margin=state.margin,
+            cap=state.cap,
             cost=cost,
         )
         return self._drop(seen) if action == "drop" else self._go_back(seen, control, rates)
@@ -167,18 +183,21 @@ class Rewinder:
     # ---- the three ways on
 
     def _go_on(self, loss: float | None, closures: Sequence[Closure] | None, control: Controller, rates: Rates) -> None:
-        updates = control.state.updates
-        self._in_a_row = 0
-        if loss is not None:
-            self._losses = self._losses.after(loss)
-        if updates - self._at >= EVERY:
+        self._count_in(loss)
+        if control.state.updates - self._at >= EVERY:
             self._take(closures, control, rates)
         else:
             self._recent.take()
 
+    def _count_in(self, loss: float | None) -> None:
+        self._in_a_row, self._droppable = 0, min(DROPS, self._droppable + 1 / REFILL)
+        if loss is not None:
+            self._losses = self._losses.after(loss)
+
     def _drop(self, seen: Trouble) -> Trouble:
         self.drops += 1
         self._in_a_row += 1
+        self._droppable -= math.isfinite(seen.norm)
         self._hold_gradients()
         self._recent.restore(only_moving=True)  # the batch went through BatchNorm
         return self._tell(seen)
@@ -196,7 +215,7 @@ class Rewinder:
             state.cap = min(state.cap, cap)
         self._healthy_at = updates + (updates - self._at) + EVERY
         self._watching = False
-        told = self._tell(replace(seen, margin=state.margin))
+        told = self._tell(replace(seen, margin=state.margin, cap=state.cap))
         if tried >= self.most:
             raise RewindsExhausted(self.tries)
         self.rewinds += 1
@@ -288,6 +307,7 @@ class Rewinder:
             "rewinds": self.rewinds,
             "drops": self.drops,
             "in_a_row": self._in_a_row,
+            "droppable": self._droppable,
             "healthy_at": self._healthy_at,
             "losses": list(self._losses.last),
             "tries": [asdict(trouble) for trouble in self.tries],
@@ -297,7 +317,7 @@ class Rewinder:
         """Restores `state_dict()`; the next update takes a new snapshot."""
         self.rewinds, self.drops = state["rewinds"], state["drops"]
         self._in_a_row, self._healthy_at = state["in_a_row"], state["healthy_at"]
-        self._losses = Losses(tuple(state["losses"]))
+        self._droppable, self._losses = state["droppable"], Losses(tuple(state["losses"]))
         self.tries = [Trouble(**trouble) for trouble in state["tries"]]
         self.snapshot.taken = False
 

@@ -44,7 +44,8 @@ class Buffers:
     def __init__(self, device: Place = None) -> None:
         self.device = device
         self._kept: dict[tuple[nn.Module, str], tuple[Tensor, _Kept]] = {}
-        self._norms: dict[tuple[nn.Module, str], float] = {}
+        self._norms: dict[tuple[nn.Module, str], float] = {}  # when they were taken
+        self._now: dict[tuple[nn.Module, str], float] = {}
         self._still: set[tuple[nn.Module, str]] = set()
 
     @property
@@ -54,6 +55,8 @@ class Buffers:
 
     def take(self, modules: Iterable[nn.Module] | None = None) -> None:
         """Copies the buffers of `modules`, or anew those of the modules that are known."""
+        self._still = {key for key, norm in self._now.items() if norm == self._norms.get(key)}
+        self._norms = self._now
         known = [module for module, _ in self._kept] if modules is None else _tree(modules)
         before, self._kept = self._kept, {}
         for module in dict.fromkeys(known):
@@ -66,8 +69,8 @@ class Buffers:
         """Puts the values back, into the very tensors; one that a module has replaced since is put in its place.
 
         Args:
-            only_moving: Leaves those alone that `stray` found not to change from one update to the next: whoever wrote
-                one now was the user.
+            only_moving: Leaves those alone that had not changed from one `take` to the next (as `stray` saw them):
+                whoever wrote one since was the user.
         """
         for (module, name), (buffer, kept) in self._kept.items():
             if only_moving and (module, name) in self._still:
@@ -77,21 +80,18 @@ class Buffers:
                 module._buffers[name] = back
 
     def stray(self, factor: float) -> bool:
-        """Whether one has grown by more than `factor` since the last call, or is no longer finite.
+        """Whether one has grown by more than `factor` since it was taken, or is no longer finite.
 
         Asked at each update it sees what no gradient shows: behind a BatchNorm inputs of any size give the same
         gradient, but its running variance takes them in. Those that had not moved before do not count.
         """
         floats = {key: buffer for key, (buffer, _) in self._kept.items() if buffer.is_floating_point()}
-        before, self._norms = self._norms, dict(zip(floats, _norms(floats.values()), strict=True))
-        known = {key: (before[key], norm) for key, norm in self._norms.items() if key in before}
-        strayed = any(
-            math.isfinite(then) and not now <= factor * then
-            for key, (then, now) in known.items()
-            if then > 0 and key not in self._still
+        self._now = dict(zip(floats, _norms(floats.values()), strict=True))
+        return any(
+            math.isfinite(then) and then > 0 and not self._now[key] <= factor * then
+            for key, then in self._norms.items()
+            if key in self._now and key not in self._still
         )
-        self._still = {key for key, (then, now) in known.items() if now == then}
-        return strayed
 
 
 class Snapshot:
