@@ -119,14 +119,13 @@ class Rewinder:
             RewindsExhausted: Going back does not help.
         """
         self.finish()
-        state = control.state
-        own = None if loss is None else self._sign() * float(loss)
-        strayed = self._recent.stray(OUTLIER) and state.trend.count >= ALARM_AFTER
+        trend, own = control.state.trend, None if loss is None else self._sign() * float(loss)
+        strayed = self._recent.stray(OUTLIER if trend.count >= ALARM_AFTER else math.inf)
         known, broken, alarm, outlier, watching = self._agreed(
             own,
             not math.isfinite(norm),
-            state.trend.alarming(norm),
-            outlying(norm, state.trend, own, self._losses) or strayed,
+            trend.alarming(norm),
+            outlying(norm, trend, own, self._losses) or strayed,
             self._watching,
         )
         suspicious = broken or alarm or outlier or (known is not None and self._losses.suspicious(known))
@@ -135,31 +134,15 @@ class Rewinder:
         if not (suspicious or watching):
             self._go_on(known, closures, control, rates)
             return None
-        droppable = outlier and self._droppable >= 1
-        signs = Signs(not broken, not broken or self._intact(), droppable, drops=self._in_a_row)
-        found, cost = self._compare(closures) if signs.intact else (None, 0.0)
-        if found is not None:
-            signs = replace(signs, now=self._sign() * found[0], then=self._sign() * found[1])
+        signs, cost = self._looked_at(broken, outlier, closures)
+        control.state.cost += cost
         action = judge(signs, self._losses)
-        state.cost += cost
         if action == "apply":
             self._watching = suspicious  # what this update does shows at the next one
             self._count_in(known)
             self._take(closures, control, rates)  # these parameters were just found to be sound
             return None
-        seen = Trouble(
-            step=state.updates,
-            action=action,
-            back_to=self._at,
-            norm=norm,
-            usual_norm=math.exp(state.trend.mean),
-            loss_now=found[0] if found else None,
-            loss_then=found[1] if found else None,
-            lr=rates.applied[rates.reference],
-            margin=state.margin,
-            cap=state.cap,
-            cost=cost,
-        )
+        seen = self._trouble(action, norm, signs, cost, control, rates)
         return self._drop(seen) if action == "drop" else self._go_back(seen, control, rates)
 
     def finish(self) -> bool:
@@ -257,6 +240,30 @@ class Rewinder:
 
     # ---- looking closer
 
+    def _looked_at(self, broken: bool, outlier: bool, closures: Sequence[Closure] | None) -> tuple[Signs, float]:
+        """What is seen of a suspicious update, and what looking cost."""
+        signs = Signs(not broken, not broken or self._intact(), outlier and self._droppable >= 1, drops=self._in_a_row)
+        found, cost = self._compare(closures) if signs.intact else (None, 0.0)
+        return (signs if found is None else replace(signs, now=found[0], then=found[1])), cost
+
+    def _trouble(
+        self, action: str, norm: float, signs: Signs, cost: float, control: Controller, rates: Rates
+    ) -> Trouble:
+        state, sign = control.state, self._sign()
+        return Trouble(
+            step=state.updates,
+            action=action,
+            back_to=self._at,
+            norm=norm,
+            usual_norm=math.exp(state.trend.mean),
+            loss_now=None if signs.now is None else sign * signs.now,
+            loss_then=None if signs.then is None else sign * signs.then,
+            lr=rates.applied[rates.reference],
+            margin=state.margin,
+            cap=state.cap,
+            cost=cost,
+        )
+
     def _sign(self) -> float:
         return -1.0 if all(group.get("maximize", False) for group in self.ensemble.param_groups) else 1.0
 
@@ -265,7 +272,7 @@ class Rewinder:
         return self._summed(float(not all(map(bool, finite))))[0] == 0
 
     def _compare(self, closures: Sequence[Closure] | None) -> tuple[tuple[float, float] | None, float]:
-        """The batch's loss under the present and under the snapshot's parameters, and what that cost."""
+        """The batch's signed loss under the present and under the snapshot's parameters, and what that cost."""
         if self._summed(float(not closures))[0] or not closures:
             return None, 0.0
         now = then = failed = 0.0
@@ -277,7 +284,8 @@ class Rewinder:
         except (RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError):
             failed = 1.0  # a closure that cannot be evaluated tells nothing: the gradient alone has to do
         now, then, failed = self._summed(now, then, failed)
-        return None if failed else (now / self._ranks(), then / self._ranks()), 2 * COST_OF_LOSS
+        unit = self._sign() / self._ranks()
+        return None if failed else (unit * now, unit * then), 2 * COST_OF_LOSS
 
     # ---- several processes: all of them must come to one decision
 
