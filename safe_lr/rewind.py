@@ -6,6 +6,7 @@ those of a snapshot a few updates older tells: two forward passes, only when som
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Sequence
@@ -93,12 +94,12 @@ class Losses:
 
     last: tuple[float, ...] = ()
 
-    @property
+    @functools.cached_property
     def median(self) -> float:
         """Their median, 0 where none is known."""
         return statistics.median(self.last) if self.last else 0.0
 
-    @property
+    @functools.cached_property
     def spread(self) -> float | None:
         """Their standard deviation by the median of deviations, None before enough are known."""
         if len(self.last) < TRUSTED:
