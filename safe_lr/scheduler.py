@@ -78,10 +78,10 @@ class CoherenceScheduler(LRScheduler):
             without healthy progress in between (True: 5), then `RewindsExhausted` says what was tried. An update whose
             batch is to blame (a gradient that is not finite, or more than thirty times the usual) is dropped instead.
             Tell `observe` the loss: a batch that only the loss shows to be far out is then dropped too. A snapshot is
-            kept of parameters, optimizer state, BatchNorm's and other buffers, the random streams (a second rewind in a
-            row leaves those, so that a batch drawn from them is not met again), the schedule inside, and margin and
-            cap; the data loader's position is not part of it, and a schedule advances by each `step()` of yours, also
-            where the update was not made. Costs that memory (`rewind_memory()`; about three times the parameters with
+            kept of parameters, optimizer state, the buffers (BatchNorm's) of the modules that the closure names, the
+            random streams (a second rewind in a row leaves those, so that a batch drawn from them is not met again),
+            the schedule inside, and margin and cap; the data loader's position is not part of it, and a schedule
+            advances by each `step()` of yours, also where the update was not made. Costs that memory (`rewind_memory()`; about three times the parameters with
             Adam), a copy of it every ten updates, and two forward passes, with one more copy of the parameters
             meanwhile, when something looks wrong. An overflow that a GradScaler skips is none of it. Under
             torch.distributed all ranks decide together, by one small all-reduce an update.

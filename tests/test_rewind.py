@@ -6,6 +6,7 @@ import io
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.optim import SGD, Adam, AdamW, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from safe_lr import CoherenceGuard, CoherenceScheduler, RewindsExhausted
+from safe_lr.accounts import State
 from safe_lr.ensemble import Ensemble
 from safe_lr.policies import NormTrend
 from safe_lr.rewind import DROPS, EVERY, MOST, Losses, Signs, Trouble, judge, outlying
@@ -440,6 +442,36 @@ def test_a_closure_that_cannot_be_evaluated_leaves_it_to_the_gradient() -> None:
     assert run.rewinder.drops == 1 and run.guard.summary().steps == 19
 
 
+def test_without_any_closure_gradient_and_parameters_tell() -> None:
+    run = Run(Case(Adam), credit=0, max_overhead=0)
+
+    def step(number: int, poison: str | None = None) -> None:
+        run.optimizer.zero_grad()
+        run.batch(number, poison)().backward()
+        run.before.append({k: v.clone() for k, v in run.model.state_dict().items()})
+        run.optimizer.step()
+
+    for number in range(15):
+        step(number, "nan" if number == 14 else None)
+    assert (run.rewinder.drops, run.rewinder.rewinds, run.guard.summary().steps) == (1, 0, 14)
+    run.shake(NAN)
+    step(15)
+    assert run.rewinder.rewinds == 1 and run.parameters_were(10)
+
+
+def test_what_is_counted_and_spent_stays_so() -> None:
+    """The run's own state: margin, limit and usual norms go back, counts do not, and a measurement is due."""
+    then = State(margin=2.0, expected_cost=9.0, updates=10, cap=0.5, due_at=40, cost=20.0, figures={"lr_limit": 1.0})
+    then.trend = CALM
+    now = replace(then, margin=0.3, updates=17, cap=0.1, cost=33.0, trend=NOISY, figures={"lr_limit": 0.2}, gap=4)
+    back = now.gone_back(then.state_dict())
+    assert (back.margin, back.cap, back.figures, back.trend) == (2.0, 0.5, {"lr_limit": 1.0}, CALM)
+    assert (back.updates, back.cost, back.due_at) == (17, 33.0, 17)
+    unmeasured = replace(then, cap=None, figures={})
+    kept = now.gone_back(unmeasured.state_dict())
+    assert (kept.cap, kept.figures, kept.gap, kept.margin) == (0.1, {"lr_limit": 0.2}, 4, 2.0)
+
+
 # ---- when nothing is wrong, and when it is off
 
 
@@ -455,9 +487,7 @@ def test_off_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("nothing of it may run")
 
-    for name in ("Rewinder", "rewinds_allowed"):
-        if name == "Rewinder":
-            monkeypatch.setattr(f"safe_lr.guard.{name}", refuse)
+    monkeypatch.setattr("safe_lr.guard.Rewinder", refuse)
     run = Run(Case(Adam), rewind=False).run(range(5))
     run.guard.observe(run.batch(5), loss=torch.ones(()))
     assert run.guard.rewinder is None and run.guard._loss is None and run.guard.rewind_memory() == 0
