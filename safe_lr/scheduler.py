@@ -81,10 +81,11 @@ class CoherenceScheduler(LRScheduler):
             kept of parameters, optimizer state, the buffers (BatchNorm's) of the modules that the closure names, the
             random streams (a second rewind in a row leaves those, so that a batch drawn from them is not met again),
             the schedule inside, and margin and cap; the data loader's position is not part of it, and a schedule
-            advances by each `step()` of yours, also where the update was not made. Costs that memory (`rewind_memory()`; about three times the parameters with
-            Adam), a copy of it every ten updates, and two forward passes, with one more copy of the parameters
-            meanwhile, when something looks wrong. An overflow that a GradScaler skips is none of it. Under
-            torch.distributed all ranks decide together, by one small all-reduce an update.
+            advances by each `step()` of yours, also where the update was not made. Costs that memory
+            (`rewind_memory()`; about three times the parameters with Adam), a copy of it every ten updates, and two
+            forward passes, with one more copy of the parameters meanwhile, when something looks wrong. An overflow that
+            a GradScaler skips is none of it. Under torch.distributed all ranks decide together, by one small all-reduce
+            an update.
         rewind_device: Where the snapshot lies ("cpu"); None for where the parameters do.
         preconditioner: None for what is registered, "from-update" to infer P from the update of an optimizer that is
             not, or a `Preconditioner`.
