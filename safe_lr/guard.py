@@ -10,6 +10,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -29,6 +31,8 @@ from safe_lr.objective import Closures, as_list
 from safe_lr.policies import Policy
 from safe_lr.preconditioners import Preconditioner, decays
 from safe_lr.rates import Rates
+from safe_lr.rewind import rewinds_allowed
+from safe_lr.rewinder import Rewinder
 from safe_lr.stability import UpdateRule
 from safe_lr.tuner import Tuner
 from safe_lr.tuning import Range, Tuning
@@ -58,6 +62,9 @@ class CoherenceGuard:
             for the matrices, AdamW for the rest): their limit is a joint one, and one scale caps them all. The cap then
             holds from the first one's step to the last one's.
         restore: Whether the desired lr is put back after each update.
+
+    With `rewind`, the lr that a schedule of yours has written stays as it is when the run goes back: nothing is known
+    of that schedule. A `CoherenceScheduler` takes the schedule inside it back too.
 
     Example:
         >>> import torch
@@ -105,6 +112,8 @@ class CoherenceGuard:
         beta2_range: Range = (0.99, 0.999),
         tune_eps: bool = False,
         eps_range: Range = (0.0, 1e-3),
+        rewind: bool | int = False,
+        rewind_device: torch.device | str | None = None,
         restore: bool = True,
     ) -> None:
         self.ensemble = Ensemble(optimizer, preconditioner)
@@ -136,7 +145,10 @@ class CoherenceGuard:
         self._on_failure, self._seed = on_failure, seed
         self.restore = restore
         self._preconditioner = preconditioner
+        most = rewinds_allowed(rewind)
+        self.rewinder = Rewinder(self.ensemble, most, rewind_device, tuner=self._tuner) if most else None
         self._observed: list[Closure] | None = None
+        self._loss: Tensor | float | None = None
         self._warned: set[str] = set()
         self._closed = self._counting = False
         self._log = Broadcast(resolve(loggers, log_path), self._config)
@@ -148,17 +160,24 @@ class CoherenceGuard:
 
     # ---- what the user calls
 
-    def observe(self, closure: Closures) -> None:
+    def observe(self, closure: Closures, loss: Tensor | float | None = None) -> None:
         """Stores a closure for the coming update: returns the loss of the current batch, with its graph, no
         `backward()`.
 
         Under gradient accumulation it may be a list, a closure for each micro-batch: their mean is measured, at the
         memory of one. It is evaluated only when a measurement is due, and dropped when the update is over.
 
+        Args:
+            closure: One closure or several.
+            loss: The loss that was differentiated, if it is at hand (the mean over micro-batches): `rewind` then sees
+                a jump of it at no cost. Detached; ignored without `rewind`.
+
         Raises:
             TypeError: A closure is not callable, or the list is empty.
         """
         self._observed = as_list(closure, "observe()")
+        if self.rewinder is not None:
+            self._loss = loss.detach() if isinstance(loss, Tensor) else loss
 
     @property
     def due(self) -> bool:
@@ -198,12 +217,19 @@ class CoherenceGuard:
         """Returns the run so far in a dozen numbers; `print` it for a sentence."""
         return self._state.summary()
 
+    def rewind_memory(self) -> int:
+        """Returns the bytes that the snapshot for `rewind` takes: parameters + optimizer state + buffers; 0 without."""
+        return 0 if self.rewinder is None else self.rewinder.nbytes
+
     def state_dict(self) -> dict[str, Any]:
         """Returns numbers, lists and tensors only, so that it loads with `weights_only=True`.
 
-        With `warm_start` it holds one parameter-sized vector for each eigenvalue in use.
+        With `warm_start` it holds one parameter-sized vector for each eigenvalue in use. With `rewind` it holds the
+        counts, not the snapshot.
         """
+        rewound = {} if self.rewinder is None else {"rewind": self.rewinder.state_dict()}
         return {
+            **rewound,
             "state": self._state.state_dict(),
             "counts": list(self.ensemble.counts) if self._counting else [],
             "rates": self.rates.state_dict(),
@@ -230,6 +256,8 @@ class CoherenceGuard:
         self._instrument.vectors = dict(state_dict["vectors"])
         if "tuner" in state_dict:  # not so in states of the first versions
             self._tuner.load_state_dict(state_dict["tuner"])
+        if self.rewinder is not None and "rewind" in state_dict:
+            self.rewinder.load_state_dict(state_dict["rewind"])
 
     def close(self) -> None:
         """Detaches from the optimizer, gives its own lr, betas and eps back, closes the loggers. Safe to call twice."""
@@ -256,7 +284,7 @@ class CoherenceGuard:
         try:
             self._act()
         finally:
-            self._observed = None  # it binds late and holds a batch
+            self._observed = self._loss = None  # it binds late and holds a batch
 
     def _act(self) -> None:
         state = self._state
@@ -269,6 +297,8 @@ class CoherenceGuard:
         size, moving = self.ensemble.gradient_norm(), self.ensemble.moving()
         if size is None:
             return  # no gradients: nothing moves
+        if self.rewinder is not None and self._refused(size):
+            return
         woken = any(now and not then for now, then in zip(moving, state.moving, strict=False))
         if woken and not state.retry:
             state.due_at = min(state.due_at, state.updates)  # the limit did not count these
@@ -297,6 +327,18 @@ class CoherenceGuard:
                 return
             state.cap = self._controller.cap_under(state.figures["lr_limit"])
         self.apply()
+
+    def _refused(self, norm: float) -> bool:
+        """Whether the coming update is not to be made: it is dropped, or the run has gone back."""
+        assert self.rewinder is not None
+        before = self.rates.applied[self.rates.reference]
+        trouble = self.rewinder.inspect(norm, self._loss, self._observed, self._controller, self.rates)
+        if trouble is None:
+            return False
+        self.apply()
+        found = Measurement(bound=self.settings.bound, cost=trouble.cost)
+        self._record("rewind", trouble.reason, found, before, self.rates.applied[self.rates.reference])
+        return True
 
     def _rules(self) -> list[UpdateRule | None]:
         """Each parameter's update rule at the coming step; none where the optimizer's state cannot be read."""
@@ -331,7 +373,8 @@ class CoherenceGuard:
 
     def stepped(self, optimizer: Optimizer) -> None:
         """One optimizer has made its update."""
-        self.ensemble.count(optimizer)
+        if self.rewinder is None or not self.rewinder.dropping:
+            self.ensemble.count(optimizer)
 
     def pause(self) -> None:
         """After one optimizer of several: nobody else sees its capped lr."""
@@ -341,7 +384,11 @@ class CoherenceGuard:
     def after(self, updated: bool) -> None:
         """After the update: counts it. One that a GradScaler dropped does not count, and has used no closure."""
         if not updated:
-            self._observed = None
+            self._observed = self._loss = None
+            return
+        if self.rewinder is not None and self.rewinder.finish():
+            if self.restore:
+                self.rates.give_back()
             return
         state = self._state
         if len(self.ensemble.members) > 1:
@@ -369,6 +416,7 @@ class CoherenceGuard:
             )
         except Exception as error:  # noqa: BLE001 (raised again or recorded)
             found = self._excused(error)
+        self._heard(found)
         return replace(found, lr_limit=limit)
 
     def _try(self, closures: list[Closure]) -> None:
@@ -412,6 +460,7 @@ class CoherenceGuard:
             state.flips = flips  # those of the limit that stays in force
         state.measurements += 1
         state.count(found)
+        self._heard(found)
         self.last_measurement = replace(found, vectors={})
         if not _neighbours.alone(self) and _neighbours.newly_sharing(self):
             self._warn_once(
@@ -420,6 +469,10 @@ class CoherenceGuard:
                 "limit can be half of each: give both optimizers to one CoherenceGuard([a, b]).",
             )
         return found
+
+    def _heard(self, found: Measurement) -> None:
+        if self.rewinder is not None:
+            self.rewinder.heard(found.loss)
 
     def _excused(self, error: Exception) -> Measurement:
         """Turns an error into a failed measurement, unless the user wants it raised or it asks training to stop."""

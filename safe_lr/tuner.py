@@ -358,3 +358,4 @@ class Tuner:
         self.betas.load_state_dict(state["betas"])
         self.eps.load_state_dict(state["eps"])
         self.last = state["last"]
+        self._told, self._earlier = [], None
