@@ -5,6 +5,7 @@ from safe_lr.guard import CoherenceGuard
 from safe_lr.loggers import JsonlLogger, Logger, WandbLogger
 from safe_lr.measurement import Measurement, measure
 from safe_lr.preconditioners import Preconditioner, register
+from safe_lr.rewind import RewindsExhausted
 from safe_lr.scheduler import CoherenceScheduler
 from safe_lr.sharpness import sam_sharpness
 from safe_lr.spectrum import SpectralDensity, eigenpairs, spectral_density
@@ -20,6 +21,7 @@ __all__ = [
     "Logger",
     "Measurement",
     "Preconditioner",
+    "RewindsExhausted",
     "SpectralDensity",
     "Summary",
     "UpdateRule",

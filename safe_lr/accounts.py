@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from safe_lr.decisions import Action, Decision, Summary
@@ -16,6 +16,17 @@ SUMMED = 1.9
 
 FIGURES = ("lr_limit", "gamma", "lambda_max", "p_min", "p_eff")
 """A measurement's figures that stay in force until the next one."""
+
+COUNTED = (
+    "updates", "measurements", "failures", "num_matvecs", "cost", "trial_cost", "seconds", "capped_steps",
+    "first_capped_step", "worst_utilisation", "hvp", "checked",
+)  # fmt: skip
+"""What a run has done and spent stays so, also where it goes back to an earlier state."""
+
+LIMITED = (
+    "cap", "measured_limit", "flips", "share", "votes", "moving", "following", "figures", "expected_cost", "gap",
+)  # fmt: skip
+"""What a measurement leaves behind."""
 
 
 @dataclass
@@ -183,6 +194,15 @@ class State:
             lr_limit=self.figures.get("lr_limit"),
             seconds=self.seconds,
         )
+
+    def gone_back(self, saved: dict[str, Any]) -> State:
+        """Returns an earlier state, from its `state_dict()`, with what has been counted and spent since.
+
+        A measurement is due at once. Where none had been made at that time, the limit known now stays in force.
+        """
+        kept = COUNTED + (LIMITED if saved["cap"] is None else ())
+        since = {name: getattr(self, name) for name in kept}
+        return replace(State.from_state_dict(saved), **since, due_at=self.updates, trial_at=self.updates, retry=0)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns numbers in dicts, nothing else."""

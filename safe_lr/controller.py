@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 from safe_lr.accounts import State
 from safe_lr.measurement import COST_OF_LOSS, Measurement
@@ -14,7 +15,9 @@ from safe_lr.policies import (
     MARGIN_SEARCHED,
     MATURE,
     MULTIPLE_START,
+    ROOM,
     SETTLED,
+    STEP,
     TRIAL_PART,
     VOTES,
     Policy,
@@ -33,6 +36,7 @@ from safe_lr.policies import (
     rungs,
 )
 from safe_lr.stability import UpdateRule
+from safe_lr.tuning import pressure
 
 
 class Controller:
@@ -77,6 +81,26 @@ class Controller:
         """Goes on from a saved state, under the present policy."""
         self.state = state
         state.margin = self.policy.margin_at(state.multiple, state.share)
+
+    def go_back(self, saved: dict[str, Any], wanted: float) -> None:
+        """Goes on from an earlier state, with a multiple and a cap below those of the step that did harm.
+
+        Args:
+            saved: That state's `state_dict()`.
+            wanted: The lr that is wanted now; infinite where lr follows the cap.
+        """
+        state = self.state
+        used = min(wanted, math.inf if state.cap is None else state.cap)
+        unit = state.share * state.figures.get("lr_limit", math.nan)
+        known = math.isfinite(used) and unit > 0
+        multiple = learned_multiple(
+            state.multiple, "bad", used=used / unit if known else state.multiple, least=MARGIN_MIN / state.share
+        )
+        self.state = earlier = state.gone_back(saved)
+        earlier.multiple = min(earlier.multiple, multiple) if self.policy.learns else earlier.multiple
+        earlier.margin = self.policy.margin_at(earlier.multiple, earlier.share)
+        if earlier.cap is not None:
+            earlier.cap = min(earlier.cap, used / STEP)
 
     # ---- when
 
@@ -184,6 +208,12 @@ class Controller:
         """Whether trial steps found nothing wrong with a step at the cap."""
         cap = self.state.cap or 0.0
         return self._verdict(tried, self.planned(self.state.figures["lr_limit"], cap)) in ("fine", "roomy")
+
+    def press(self, lr_ref: float) -> tuple[float, str] | None:
+        """Returns how hard the cap binds, with the words for it (`pressure`); None without a cap."""
+        lengths = {"roomy": ROOM / self.policy.trial_slack, "fine": 1 / self.policy.trial_slack}
+        longer = lengths.get(self.state.trial or "") if self.policy.learns else None
+        return None if self.state.cap is None else pressure(lr_ref, self.state.cap, longer=longer)
 
     def follow(self, rules: list[UpdateRule | None]) -> None:
         """Carries limit and margin over to the coming step: gamma stays until it is measured again, c is known at each.

@@ -27,8 +27,9 @@ class Decision:
         step: Optimizer updates made before this one (0 for the first).
         group: Index of the parameter group with the largest desired lr.
         action: `keep` (lr stays as it is), `cap` (lr is lowered to the cap), `raise` (the cap lets lr rise), `margin`
-            (the learned margin changed), `betas`, `eps`, `rewind`, or `hold` (no usable measurement: the last cap
-            stays).
+            (the learned margin changed), `betas` or `eps` (they moved, or stay after what the last move did), `rewind`
+            (the update was not made: its batch is to blame, or the run went back to a snapshot), or `hold` (no usable
+            measurement: the last cap stays; or betas or eps that are left alone).
         reason: One plain sentence with its numbers.
         lr_desired: The lr that the schedule asks for.
         lr_before: The lr applied before the decision.

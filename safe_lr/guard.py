@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import weakref
 from collections import deque
@@ -11,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -31,7 +31,11 @@ from safe_lr.objective import Closures, as_list
 from safe_lr.policies import Policy
 from safe_lr.preconditioners import Preconditioner, decays
 from safe_lr.rates import Rates
+from safe_lr.rewind import rewinds_allowed
+from safe_lr.rewinder import Rewinder
 from safe_lr.stability import UpdateRule
+from safe_lr.tuner import Tuner
+from safe_lr.tuning import Range, Tuning
 
 NO_CLOSURE = (
     "safe_lr was given no closure for this update: call observe(lambda: criterion(model(x), y)) on the scheduler or "
@@ -58,6 +62,9 @@ class CoherenceGuard:
             for the matrices, AdamW for the rest): their limit is a joint one, and one scale caps them all. The cap then
             holds from the first one's step to the last one's.
         restore: Whether the desired lr is put back after each update.
+
+    With `rewind`, the lr that a schedule of yours has written stays as it is when the run goes back: nothing is known
+    of that schedule. A `CoherenceScheduler` takes the schedule inside it back too.
 
     Example:
         >>> import torch
@@ -100,6 +107,13 @@ class CoherenceGuard:
         log_path: str | Path | None = None,
         seed: int = 0,
         follow_limit: bool = False,
+        tune_betas: bool = False,
+        beta1_range: Range = (0.9, 0.95),
+        beta2_range: Range = (0.99, 0.999),
+        tune_eps: bool = False,
+        eps_range: Range = (0.0, 1e-3),
+        rewind: bool | int = False,
+        rewind_device: torch.device | str | None = None,
         restore: bool = True,
     ) -> None:
         self.ensemble = Ensemble(optimizer, preconditioner)
@@ -123,6 +137,7 @@ class CoherenceGuard:
             searched="trial" in self.ensemble.kinds,
         )
         self.policy = self._controller.policy
+        self._tuner = Tuner(self.ensemble, Tuning(tune_betas, beta1_range, beta2_range, tune_eps, eps_range))
         self.rates = Rates(self.ensemble, follow=follow_limit)
         self.history: deque[Decision] = deque(maxlen=HISTORY)
         self.last_measurement: Measurement | None = None
@@ -130,40 +145,39 @@ class CoherenceGuard:
         self._on_failure, self._seed = on_failure, seed
         self.restore = restore
         self._preconditioner = preconditioner
+        most = rewinds_allowed(rewind)
+        self.rewinder = Rewinder(self.ensemble, most, rewind_device, tuner=self._tuner) if most else None
         self._observed: list[Closure] | None = None
+        self._loss: Tensor | float | None = None
         self._warned: set[str] = set()
         self._closed = self._counting = False
         self._log = Broadcast(resolve(loggers, log_path), self._config)
-        self._succeed()
+        _neighbours.succeed(self)
+        self.rates.read()  # an earlier guard has given the desired lrs back
         handles = around_updates(self.ensemble.members, self)
-        # Once the guard is gone, or the process ends, the optimizer has its desired lr and no hook of ours.
-        self._at_exit = weakref.finalize(self, _leave, handles, self.rates)
-
-    def _succeed(self) -> None:
-        """Takes the optimizer over from an earlier guard: two would take each other's caps for somebody's wish."""
-        for earlier in _neighbours.on(self.ensemble):
-            if earlier.summary().steps:
-                warn_user(
-                    "this optimizer already had a safe_lr scheduler; that one is closed, the new one takes over. "
-                    "close() the old one first to go without this warning."
-                )
-            earlier.close()
-        self.rates.read()
-        _neighbours.join(self)
+        # Once the guard is gone, or the process ends, the optimizer has its own lr and betas and no hook of ours.
+        self._at_exit = weakref.finalize(self, _leave, handles, self.rates, self._tuner)
 
     # ---- what the user calls
 
-    def observe(self, closure: Closures) -> None:
+    def observe(self, closure: Closures, loss: Tensor | float | None = None) -> None:
         """Stores a closure for the coming update: returns the loss of the current batch, with its graph, no
         `backward()`.
 
         Under gradient accumulation it may be a list, a closure for each micro-batch: their mean is measured, at the
         memory of one. It is evaluated only when a measurement is due, and dropped when the update is over.
 
+        Args:
+            closure: One closure or several.
+            loss: The loss that was differentiated, if it is at hand (the mean over micro-batches): `rewind` then sees
+                a jump of it at no cost. Detached; ignored without `rewind`.
+
         Raises:
             TypeError: A closure is not callable, or the list is empty.
         """
         self._observed = as_list(closure, "observe()")
+        if self.rewinder is not None:
+            self._loss = loss.detach() if isinstance(loss, Tensor) else loss
 
     @property
     def due(self) -> bool:
@@ -203,16 +217,24 @@ class CoherenceGuard:
         """Returns the run so far in a dozen numbers; `print` it for a sentence."""
         return self._state.summary()
 
+    def rewind_memory(self) -> int:
+        """Returns the bytes that the snapshot for `rewind` takes: parameters + optimizer state + buffers; 0 without."""
+        return 0 if self.rewinder is None else self.rewinder.nbytes
+
     def state_dict(self) -> dict[str, Any]:
         """Returns numbers, lists and tensors only, so that it loads with `weights_only=True`.
 
-        With `warm_start` it holds one parameter-sized vector for each eigenvalue in use.
+        With `warm_start` it holds one parameter-sized vector for each eigenvalue in use. With `rewind` it holds the
+        counts, not the snapshot.
         """
+        rewound = {} if self.rewinder is None else {"rewind": self.rewinder.state_dict()}
         return {
+            **rewound,
             "state": self._state.state_dict(),
             "counts": list(self.ensemble.counts) if self._counting else [],
             "rates": self.rates.state_dict(),
             "vectors": dict(self._instrument.vectors),
+            "tuner": self._tuner.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -232,9 +254,13 @@ class CoherenceGuard:
             self.ensemble.counts, self._counting = list(state_dict["counts"]), True
         self._controller.restore(State.from_state_dict(state_dict["state"]))
         self._instrument.vectors = dict(state_dict["vectors"])
+        if "tuner" in state_dict:  # not so in states of the first versions
+            self._tuner.load_state_dict(state_dict["tuner"])
+        if self.rewinder is not None and "rewind" in state_dict:
+            self.rewinder.load_state_dict(state_dict["rewind"])
 
     def close(self) -> None:
-        """Detaches from the optimizer, gives it back its desired lr, and closes the loggers. Safe to call twice."""
+        """Detaches from the optimizer, gives its own lr, betas and eps back, closes the loggers. Safe to call twice."""
         self._closed = True
         _neighbours.leave(self)
         self._at_exit()
@@ -258,7 +284,7 @@ class CoherenceGuard:
         try:
             self._act()
         finally:
-            self._observed = None  # it binds late and holds a batch
+            self._observed = self._loss = None  # it binds late and holds a batch
 
     def _act(self) -> None:
         state = self._state
@@ -271,6 +297,8 @@ class CoherenceGuard:
         size, moving = self.ensemble.gradient_norm(), self.ensemble.moving()
         if size is None:
             return  # no gradients: nothing moves
+        if self.rewinder is not None and self._refused(size):
+            return
         woken = any(now and not then for now, then in zip(moving, state.moving, strict=False))
         if woken and not state.retry:
             state.due_at = min(state.due_at, state.updates)  # the limit did not count these
@@ -285,7 +313,11 @@ class CoherenceGuard:
             budget = self._controller.affordable(alarm=alarm)
             if closure is not None and self._instrument.can_measure(closure, state, budget):
                 jump = f"the gradient norm is {size:.3g}, usual is {math.exp(usual.mean):.3g}" if alarm else None
-                self._decide(self._measured(closure, alarm), jump)
+                if not alarm:
+                    self._tuner.before_measuring(self._controller.press(self.rates.wanted), state.updates)
+                found = self._measured(closure, alarm)
+                self._decide(found, jump)
+                self._tune(found, alarm)
                 return
             if closure is None:
                 self._warn_once("observe", NO_CLOSURE)
@@ -295,6 +327,18 @@ class CoherenceGuard:
                 return
             state.cap = self._controller.cap_under(state.figures["lr_limit"])
         self.apply()
+
+    def _refused(self, norm: float) -> bool:
+        """Whether the coming update is not to be made: it is dropped, or the run has gone back."""
+        assert self.rewinder is not None
+        before = self.rates.applied[self.rates.reference]
+        trouble = self.rewinder.inspect(norm, self._loss, self._observed, self._controller, self.rates)
+        if trouble is None:
+            return False
+        self.apply()
+        found = Measurement(bound=self.settings.bound, cost=trouble.cost)
+        self._record("rewind", trouble.reason, found, before, self.rates.applied[self.rates.reference])
+        return True
 
     def _rules(self) -> list[UpdateRule | None]:
         """Each parameter's update rule at the coming step; none where the optimizer's state cannot be read."""
@@ -329,7 +373,8 @@ class CoherenceGuard:
 
     def stepped(self, optimizer: Optimizer) -> None:
         """One optimizer has made its update."""
-        self.ensemble.count(optimizer)
+        if self.rewinder is None or not self.rewinder.dropping:
+            self.ensemble.count(optimizer)
 
     def pause(self) -> None:
         """After one optimizer of several: nobody else sees its capped lr."""
@@ -339,7 +384,11 @@ class CoherenceGuard:
     def after(self, updated: bool) -> None:
         """After the update: counts it. One that a GradScaler dropped does not count, and has used no closure."""
         if not updated:
-            self._observed = None
+            self._observed = self._loss = None
+            return
+        if self.rewinder is not None and self.rewinder.finish():
+            if self.restore:
+                self.rates.give_back()
             return
         state = self._state
         if len(self.ensemble.members) > 1:
@@ -367,6 +416,7 @@ class CoherenceGuard:
             )
         except Exception as error:  # noqa: BLE001 (raised again or recorded)
             found = self._excused(error)
+        self._heard(found)
         return replace(found, lr_limit=limit)
 
     def _try(self, closures: list[Closure]) -> None:
@@ -389,7 +439,7 @@ class CoherenceGuard:
         control.starts(self._rules())
         try:
             found = self._instrument.measure(
-                self._watched(closures),
+                _neighbours.watched(self, closures),
                 shares,
                 state,
                 budget=control.affordable(alarm=alarm),
@@ -410,6 +460,7 @@ class CoherenceGuard:
             state.flips = flips  # those of the limit that stays in force
         state.measurements += 1
         state.count(found)
+        self._heard(found)
         self.last_measurement = replace(found, vectors={})
         if not _neighbours.alone(self) and _neighbours.newly_sharing(self):
             self._warn_once(
@@ -419,22 +470,9 @@ class CoherenceGuard:
             )
         return found
 
-    def _watched(self, closures: list[Closure]) -> list[Closure]:
-        """The closures, seen by the neighbours, if there are any."""
-        if _neighbours.alone(self):
-            return closures
-
-        def watch(closure: Closure) -> Closure:
-            @functools.wraps(closure)
-            def watched() -> Tensor:
-                loss = closure()
-                if isinstance(loss, Tensor):
-                    _neighbours.saw(self, loss)
-                return loss
-
-            return watched
-
-        return [watch(closure) for closure in closures]
+    def _heard(self, found: Measurement) -> None:
+        if self.rewinder is not None:
+            self.rewinder.heard(found.loss)
 
     def _excused(self, error: Exception) -> Measurement:
         """Turns an error into a failed measurement, unless the user wants it raised or it asks training to stop."""
@@ -463,6 +501,22 @@ class CoherenceGuard:
             self._record("margin", moved, replace(found, num_matvecs=0, cost=0.0, seconds=0.0), after, after)
         self._record(*state.explain(found, before, after, capped=self.rates.capped), found, before, after)
 
+    def _tune(self, found: Measurement, alarm: bool) -> None:
+        """After a measurement: moves betas. P goes on as it was; what b1 does to c, the limit follows."""
+        state, group = self._state, self.rates.reference
+        before = self.rates.applied[group]
+        gamma = None if alarm or found.failure is not None else found.gamma
+        told = self._tuner.settle(gamma, self._controller.press(self.rates.wanted), state.updates)
+        if state.cap is not None and self.settings.bound == "momentum" and any(said[0] == "betas" for said in told):
+            self._controller.follow(self._rules())
+            state.following = True  # c of a young average goes on moving
+            state.cap = min(state.cap, state.margin * state.figures["lr_limit"])
+            self.apply()
+        limit = state.figures.get("lr_limit", math.nan)
+        found = replace(found, lr_limit=limit, failure=None, num_matvecs=0, cost=0.0, seconds=0.0)
+        for action, reason in told:
+            self._record(action, reason, found, before, self.rates.applied[group])
+
     def _record(self, action: Action, reason: str, found: Measurement, before: float, after: float) -> None:
         group = self.rates.reference
         desired, betas = self.rates.asked[group], decays(self.ensemble.param_groups[group])
@@ -477,6 +531,7 @@ class CoherenceGuard:
         return {
             **asdict(self.settings),
             **asdict(self.policy),
+            **asdict(self._tuner.tuning),
             "optimizer": self.ensemble.name,
             "seed": self._seed,
         }
@@ -492,7 +547,8 @@ class CoherenceGuard:
             warn_user(message)
 
 
-def _leave(handles: Sequence[RemovableHandle], rates: Rates) -> None:
+def _leave(handles: Sequence[RemovableHandle], rates: Rates, tuner: Tuner) -> None:
     for handle in handles:
         handle.remove()
     rates.give_back()
+    tuner.give_back()

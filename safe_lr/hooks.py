@@ -86,8 +86,8 @@ class _Update:
         if self.begun:
             guard.resume()
         else:
-            self.begun = True
             guard.before()
+            self.begun = True  # not where that has raised: the next step() is then an update of its own
 
     def end(self) -> None:
         updated, guard = self.updated, self.guard()

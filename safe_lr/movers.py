@@ -71,6 +71,13 @@ def ascends(moving: Sequence[Mover]) -> bool:
     return True in signs
 
 
+def real_state(state: State) -> State:
+    """An optimizer's state of one parameter with its tensors as reals, in single precision at least."""
+    return {
+        name: Mover.real(value) if isinstance(value, Tensor) and value.ndim else value for name, value in state.items()
+    }
+
+
 @dataclass
 class Mover:
     """A parameter that the coming step moves, with what its optimizer makes of it.
@@ -89,10 +96,7 @@ class Mover:
 
     def __post_init__(self) -> None:
         self.values = self.real(self.param.detach())
-        self.real_state: State = {
-            name: self.real(value) if isinstance(value, Tensor) and value.ndim else value
-            for name, value in self.state.items()
-        }
+        self.real_state: State = real_state(self.state)
 
     @staticmethod
     def real(tensor: Tensor) -> Tensor:

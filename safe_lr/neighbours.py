@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterator
 from typing import Protocol
 
 from torch import Tensor
 
+from safe_lr.closures import Closure
 from safe_lr.decisions import Summary
 from safe_lr.ensemble import Ensemble
+from safe_lr.hooks import warn_user
 
 
 class Guarding(Protocol):
@@ -36,8 +39,17 @@ class Neighbours:
         self._alive: weakref.WeakKeyDictionary[Guarding, set[int]] = weakref.WeakKeyDictionary()
         self._told: weakref.WeakSet[Guarding] = weakref.WeakSet()
 
-    def join(self, guard: Guarding) -> None:
-        """Adds a guard."""
+    def succeed(self, guard: Guarding) -> None:
+        """Adds a guard, which takes its optimizers over from earlier ones: two would take each other's caps for
+        somebody's wish.
+        """
+        for earlier in self.on(guard.ensemble):
+            if earlier.summary().steps:
+                warn_user(
+                    "this optimizer already had a safe_lr scheduler; that one is closed, the new one takes over. "
+                    "close() the old one first to go without this warning."
+                )
+            earlier.close()
         self._alive[guard] = set()
 
     def leave(self, guard: Guarding) -> None:
@@ -57,6 +69,23 @@ class Neighbours:
         """Notes which parameters a guard's loss reaches."""
         if not self._alive[guard]:
             self._alive[guard] = {id(leaf) for leaf in leaves(loss)}
+
+    def watched(self, guard: Guarding, closures: list[Closure]) -> list[Closure]:
+        """Returns a guard's closures, whose losses are seen here if there is another guard."""
+        if self.alone(guard):
+            return closures
+
+        def watch(closure: Closure) -> Closure:
+            @functools.wraps(closure)
+            def watched() -> Tensor:
+                loss = closure()
+                if isinstance(loss, Tensor):
+                    self.saw(guard, loss)
+                return loss
+
+            return watched
+
+        return [watch(closure) for closure in closures]
 
     def newly_sharing(self, guard: Guarding) -> bool:
         """Whether the guard shares its loss with one that this was not yet said of."""

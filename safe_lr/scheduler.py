@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, LRScheduler, ReduceLROnPlateau, SequentialLR
@@ -18,6 +19,7 @@ from safe_lr.loggers import Logger
 from safe_lr.measurement import Measurement
 from safe_lr.objective import Closures
 from safe_lr.preconditioners import Preconditioner
+from safe_lr.tuning import Range
 
 Schedule = Callable[[Optimizer], LRScheduler] | LRScheduler | None
 
@@ -74,6 +76,27 @@ class CoherenceScheduler(LRScheduler):
         follow_limit: No lr to choose: lr is the cap itself, and a schedule only shapes it (its lr in units of its
             largest one is the part of the cap to use). The optimizer's own lr then sets the groups' ratios, and is what
             is used while nothing could be measured.
+        tune_betas: Whether betas (RMSprop's alpha) move inside their ranges, by steps that the first update hardly
+            shows: from your own values towards a shorter memory of squared gradients and a longer one of gradients
+            while the cap holds lr back, back again where gamma did not fall or there is slack. A group whose betas
+            someone else writes is left alone. `close()` gives your own back.
+        beta1_range, beta2_range: The ranges; a beta outside of its range stays as it is.
+        tune_eps: Whether eps moves up in the same way, which lifts P's smallest entries; never above the roots of the
+            second moment of nine tenths of the coordinates.
+        eps_range: Its range.
+        rewind: Go back in memory where a step made the loss jump or turned anything non-finite: at most this many times
+            without healthy progress in between (True: 5), then `RewindsExhausted` says what was tried. An update whose
+            batch is to blame (a gradient that is not finite, or more than thirty times the usual) is dropped instead.
+            Tell `observe` the loss: a batch that only the loss shows to be far out is then dropped too. A snapshot is
+            kept of parameters, optimizer state, the buffers (BatchNorm's) of the modules that the closure names, the
+            random streams (a second rewind in a row leaves those, so that a batch drawn from them is not met again),
+            the schedule inside, and margin and cap; the data loader's position is not part of it, and a schedule
+            advances by each `step()` of yours, also where the update was not made. Costs that memory
+            (`rewind_memory()`; about three times the parameters with Adam), a copy of it every ten updates, and two
+            forward passes, with one more copy of the parameters meanwhile, when something looks wrong. An overflow that
+            a GradScaler skips is none of it. Under torch.distributed all ranks decide together, by one small all-reduce
+            an update.
+        rewind_device: Where the snapshot lies ("cpu"); None for where the parameters do.
         preconditioner: None for what is registered, "from-update" to infer P from the update of an optimizer that is
             not, or a `Preconditioner`.
         on_failure: `hold` the last cap and record why, or `raise`.
@@ -85,6 +108,7 @@ class CoherenceScheduler(LRScheduler):
         TypeError: Not an optimizer, one that is not known (the message says how to register it), or a schedule of
             another optimizer.
         ValueError: A choice that does not exist, a number out of range, nothing that requires grad.
+        MemoryError: There is no room for the snapshot of `rewind`; the message has the figures.
 
     Example:
         >>> import torch
@@ -128,6 +152,13 @@ class CoherenceScheduler(LRScheduler):
         credit: float = 120.0,
         lambda_every: int = 4,
         follow_limit: bool = False,
+        tune_betas: bool = False,
+        beta1_range: Range = (0.9, 0.95),
+        beta2_range: Range = (0.99, 0.999),
+        tune_eps: bool = False,
+        eps_range: Range = (0.0, 1e-3),
+        rewind: bool | int = False,
+        rewind_device: torch.device | str | None = None,
         preconditioner: str | Preconditioner | None = None,
         on_failure: str = "hold",
         loggers: str | Logger | Sequence[Logger] | None = "auto",
@@ -158,6 +189,13 @@ class CoherenceScheduler(LRScheduler):
             credit=credit,
             lambda_every=lambda_every,
             follow_limit=follow_limit,
+            tune_betas=tune_betas,
+            beta1_range=beta1_range,
+            beta2_range=beta2_range,
+            tune_eps=tune_eps,
+            eps_range=eps_range,
+            rewind=rewind,
+            rewind_device=rewind_device,
             preconditioner=preconditioner,
             on_failure=on_failure,
             loggers=loggers,
@@ -171,16 +209,19 @@ class CoherenceScheduler(LRScheduler):
             self._guard.close()  # no hook stays behind
             raise
         self._guard.rates.read()
+        if self._guard.rewinder is not None and self._scheduled:
+            self._guard.rewinder.schedule = self._schedule
 
     # ---- measuring
 
-    def observe(self, closure: Closures) -> None:
+    def observe(self, closure: Closures, loss: Tensor | float | None = None) -> None:
         """Stores a closure for the coming update: returns the current batch's loss, with its graph, no `backward()`.
 
         A list, one closure for each micro-batch of an accumulated gradient, is measured as its mean, at the memory of
-        one. Evaluated only when a measurement is due; dropped when the update is over.
+        one. Evaluated only when a measurement is due; dropped when the update is over. `loss`, the loss that was
+        differentiated, lets `rewind` see a jump of it at no cost.
         """
-        self._guard.observe(closure)
+        self._guard.observe(closure, loss)
 
     def measure(self, closure: Closures | None = None) -> Measurement:
         """Measures now, with all three limits, and changes nothing; see `safe_lr.measure`."""
@@ -210,8 +251,12 @@ class CoherenceScheduler(LRScheduler):
         """Returns the run so far in a dozen numbers; `print` it for a sentence."""
         return self._guard.summary()
 
+    def rewind_memory(self) -> int:
+        """Returns the bytes that the snapshot for `rewind` takes: parameters + optimizer state + buffers; 0 without."""
+        return self._guard.rewind_memory()
+
     def close(self) -> None:
-        """Detaches from the optimizer, gives it its desired lr back, closes the loggers. Safe to call twice."""
+        """Detaches from the optimizer, gives its own lr, betas and eps back, closes the loggers. Safe to call twice."""
         self._guard.close()
 
     # ---- being a torch scheduler
@@ -284,6 +329,8 @@ class CoherenceScheduler(LRScheduler):
         # Both read it when they are made, and nothing else tells a member that it has become one.
         if _called_by_torchs_combination():
             self._guard.restore = True
+            if self._guard.rewinder is not None:
+                self._guard.rewinder.schedule = None  # lr is its siblings' too, and those are not known
             self._guard.rates.give_back()
         return self._guard.optimizer
 

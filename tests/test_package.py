@@ -20,8 +20,10 @@ ORDER = (
     "integrations",
     "scheduler",
     "guard",
-    "hooks",
     "neighbours",
+    "hooks",
+    "rewinder",
+    "tuner",
     "instrument",
     "controller",
     "accounts",
@@ -37,18 +39,21 @@ ORDER = (
     "eigenproblem",
     "movers",
     "ensemble",
+    "snapshots",
     "objective",
     "operators",
     "closures",
     "preconditioners",
     "lanczos",
     "stability",
+    "rewind",
     "policies",
+    "tuning",
     "decisions",
 )
 
 # Pure functions of numbers, tensors and matvecs: they know nothing of ours but what a decision is.
-PURE = ("lanczos", "stability", "policies", "decisions")
+PURE = ("lanczos", "stability", "policies", "tuning", "decisions")
 
 # What shows and tells; only the stateful modules and the command may know of it.
 OUTPUT = {"loggers", "report", "plots", "sweeps"}

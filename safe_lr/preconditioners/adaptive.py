@@ -19,6 +19,7 @@ class Adagrad(Preconditioner):
     """
 
     second_moments: ClassVar[tuple[str, ...]] = ("sum",)
+    movable: ClassVar[tuple[str, ...]] = ("eps",)
 
     def diagonal(self, group: Group, state: State, g: Tensor) -> Tensor:
         return second_moment(state, "sum", 1.0, 1.0, g).sqrt().add_(group["eps"])
@@ -46,6 +47,7 @@ class RMSprop(Preconditioner):
     """
 
     second_moments: ClassVar[tuple[str, ...]] = ("square_avg",)
+    movable: ClassVar[tuple[str, ...]] = ("alpha", "eps")
 
     def diagonal(self, group: Group, state: State, g: Tensor) -> Tensor:
         alpha = float(group["alpha"])
@@ -66,6 +68,10 @@ class RMSprop(Preconditioner):
         if mu == 0:
             return UpdateRule()
         return UpdateRule(warm_decay(mu, t), from_average=(1 - mu**t) / (1 - mu), from_gradient=0.0)
+
+    def corrections(self, group: Group, state: State) -> dict[str, float] | None:
+        # Nothing is corrected. In an average that has not filled up yet the fresh square would count too much more.
+        return {} if int(state["step"]) * (1 - float(group["alpha"])) >= 1 else None
 
     def floor(self, group: Group, state: State) -> float | None:
         return float(group["eps"])
@@ -117,6 +123,7 @@ class Adam(Preconditioner):
     """
 
     second_moments: ClassVar[tuple[str, ...]] = ("exp_avg_sq", "max_exp_avg_sq")
+    movable: ClassVar[tuple[str, ...]] = ("betas", "eps")
 
     def diagonal(self, group: Group, state: State, g: Tensor) -> Tensor:
         b2 = float(group["betas"][1])
@@ -131,6 +138,11 @@ class Adam(Preconditioner):
     def direction(self, group: Group, state: State, g: Tensor, updates: int | None = None) -> Tensor:
         b1 = float(group["betas"][0])
         return decayed(state, "exp_avg", b1, g).add_(g, alpha=1 - b1).div_(1 - b1 ** coming(state))
+
+    def corrections(self, group: Group, state: State) -> dict[str, float] | None:
+        (b1, b2), t = group["betas"], int(state["step"])
+        second = 1 - float(b2) ** t  # amsgrad's maximum is that of uncorrected averages, and is corrected with them
+        return {"exp_avg": 1 - float(b1) ** t, "exp_avg_sq": second, "max_exp_avg_sq": second}
 
     def floor(self, group: Group, state: State) -> float | None:
         return float(group["eps"])
@@ -160,6 +172,9 @@ class Adamax(Adam):
         past = decayed(state, "exp_inf", float(group["betas"][1]), g)
         return torch.maximum(past, g.abs().add_(float(group["eps"])))
 
+    def corrections(self, group: Group, state: State) -> dict[str, float] | None:
+        return {"exp_avg": 1 - float(group["betas"][0]) ** int(state["step"])}
+
     def keys(self, group: Group) -> tuple[str, ...]:
         return "step", "exp_avg", "exp_inf"
 
@@ -187,6 +202,10 @@ class NAdam(Adam):
         t, b1, (fresh, average) = coming(state), float(group["betas"][0]), self._weights(group, state)
         return UpdateRule(warm_decay(b1, t), from_average=average * (1 - b1**t), from_gradient=fresh)
 
+    def corrections(self, group: Group, state: State) -> dict[str, float] | None:
+        # exp_avg is corrected by a product of the decays as they were, `mu_product`: that goes on by itself.
+        return {"exp_avg_sq": 1 - float(group["betas"][1]) ** int(state["step"])}
+
     def keys(self, group: Group) -> tuple[str, ...]:
         return "step", "mu_product", "exp_avg", "exp_avg_sq"
 
@@ -199,8 +218,8 @@ class RAdam(Adam):
     Class: exact.
     """
 
-    def _gain(self, group: Group, state: State) -> float | None:
-        t, b2 = coming(state), float(group["betas"][1])
+    def _gain(self, group: Group, t: int) -> float | None:
+        b2 = float(group["betas"][1])
         longest = 2 / (1 - b2) - 1
         length = longest - 2 * t * b2**t / (1 - b2**t)
         if length <= 5:
@@ -209,14 +228,20 @@ class RAdam(Adam):
         return math.sqrt(rectified * (1 - b2**t))
 
     def diagonal(self, group: Group, state: State, g: Tensor) -> Tensor:
-        b2, gain = float(group["betas"][1]), self._gain(group, state)
+        b2, gain = float(group["betas"][1]), self._gain(group, coming(state))
         if gain is None:
             return torch.ones_like(g)
         return second_moment(state, "exp_avg_sq", b2, 1 - b2, g).sqrt_().add_(group["eps"]).div_(gain)
 
     def floor(self, group: Group, state: State) -> float | None:
-        gain = self._gain(group, state)
+        gain = self._gain(group, coming(state))
         return None if gain is None else float(group["eps"]) / gain
+
+    def corrections(self, group: Group, state: State) -> dict[str, float] | None:
+        # The rectification depends on b2 too: a move from .999 to .99 triples it at t = 100, and every step with it.
+        t = int(state["step"])
+        gain = self._gain(group, t)
+        return None if gain is None else {"exp_avg": 1 - float(group["betas"][0]) ** t, "exp_avg_sq": gain**2}
 
     def keys(self, group: Group) -> tuple[str, ...]:
         return "step", "exp_avg", "exp_avg_sq"

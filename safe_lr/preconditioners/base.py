@@ -43,6 +43,10 @@ class Preconditioner(ABC):
     on_optimizer: ClassVar[tuple[str, ...]] = ("maximize",)
     """Options that some optimizers keep as attributes of their own; where a group lacks them, it is given them."""
 
+    movable: ClassVar[tuple[str, ...]] = ()
+    """Options that may be moved in the middle of a run: `betas`, or `alpha` (a second moment's decay alone), whose
+    averages then go on by `corrections`; `eps`, with which P rises."""
+
     @abstractmethod
     def diagonal(self, group: Group, state: State, g: Tensor) -> Tensor:
         """Returns P of the coming step: positive, broadcastable to g's shape. g enters the second moment."""
@@ -78,6 +82,14 @@ class Preconditioner(ABC):
     def decay_of(self, group: Group, state: State, param: Tensor) -> tuple[float, float]:
         """Returns `decay`, for one parameter where it has to be found out there."""
         return self.decay(group, state)
+
+    def corrections(self, group: Group, state: State) -> dict[str, float] | None:
+        """Returns what the last step divided each average of the state by; one used as it is (a 1) may be left out.
+
+        When a decay moves, an average that is rescaled by the new correction over the old one goes on unchanged as the
+        optimizer sees it. None where no factor does that.
+        """
+        return {}
 
     def descent_gradient(self, group: Group, param: Tensor, grad: Tensor) -> Tensor:
         """Returns the gradient that the optimizer averages: negated under `maximize`, L2 decay added."""
