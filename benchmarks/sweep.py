@@ -11,7 +11,9 @@ protected   the plain range again, under the default CoherenceScheduler: lr = mi
 margin      no lr: `follow_limit=True` and a fixed margin, log-uniform from .05 to 1
 
 A seed sets the data's order, the initialisation and the draws; plain, clipped and protected share their draws. The four
-sweeps advance in turns. Told is the best validation loss so far after 2, 4, ... runs, as a mean over seeds.
+sweeps advance in turns. Told is the best validation loss so far after 2, 4, ... runs, as a mean over seeds; and, since
+with so few draws luck is much of that, what the best of as many draws is *expected* to be, from all runs of all seeds
+(Dodge et al. 2019, arXiv 1909.03004), a run that learned nothing counting as log 10.
 """
 
 from __future__ import annotations
@@ -100,12 +102,33 @@ def one_seed(name: str, seed: int, runs: int, steps: int) -> dict[str, Any]:
             loss = train(make, params, arm in ("protected", "margin"), seed, steps)
             seconds[arm] += time.perf_counter() - started
             found[arm].append({**params, "val_loss": loss if loss < float("inf") else None})
-    return {"seed": seed, "ceiling": clipped["parameters"]["lr"]["max"], "trials": found, "seconds": seconds}
+    return {
+        "seed": seed,
+        "ceiling": clipped["parameters"]["lr"]["max"],
+        "cut": clipped.get("description", ""),
+        "trials": found,
+        "seconds": seconds,
+    }
 
 
 def best_after(trials: list[dict[str, Any]], runs: int) -> float:
     """Returns the best validation loss of the first `runs` trials; infinite where none of them ended in a number."""
     return min((trial["val_loss"] for trial in trials[:runs] if trial["val_loss"] is not None), default=float("inf"))
+
+
+def expected_best(losses: list[float | None], runs: int) -> float:
+    """Returns the expected best of `runs` draws, with replacement, from all trials; losses above UNTRAINED count as it.
+
+    With losses sorted, the i-th of n is the best with probability ((n-i+1)/n)^runs - ((n-i)/n)^runs.
+
+    Example:
+        >>> expected_best([1.0, 0.0], 1), expected_best([1.0, 0.0], 2)
+        (0.5, 0.25)
+    """
+    values = sorted(UNTRAINED if loss is None else min(loss, UNTRAINED) for loss in losses)
+    n = len(values)
+    weights = [((n - i) / n) ** runs - ((n - i - 1) / n) ** runs for i in range(n)]
+    return sum(weight * value for weight, value in zip(weights, values, strict=True))
 
 
 def collect(seeds: list[int], runs: int, steps: int) -> dict[str, Any]:
@@ -126,6 +149,7 @@ def collect(seeds: list[int], runs: int, steps: int) -> dict[str, Any]:
             tables[arm] = {
                 "best_after": {str(budget): statistics.mean(values) for budget, values in bests.items()},
                 "best": bests[runs],
+                "expected_after": {str(budget): expected_best(losses, budget) for budget in budgets},
                 "median_trial": statistics.median([float("inf") if loss is None else loss for loss in losses]),
                 "useless": sum(loss is None or loss > UNTRAINED for loss in losses) / len(losses),
                 "seconds_per_run": sum(row["seconds"][arm] for row in rows) / len(losses),
@@ -140,9 +164,11 @@ def table(result: dict[str, Any]) -> str:
     for name, found in result["optimizers"].items():
         budgets = list(next(iter(found["arms"].values()))["best_after"])
         head = "".join(f"{'after ' + budget:>10}" for budget in budgets)
+        head += "".join(f"{'expected ' + budget:>12}" for budget in budgets)
         lines.append(f"{name:<12}{head}{'median run':>12}{'useless':>9}{'s a run':>9}")
         for arm, row in found["arms"].items():
             best = "".join(f"{row['best_after'][budget]:>10.4f}" for budget in budgets)
+            best += "".join(f"{row['expected_after'][budget]:>12.4f}" for budget in budgets)
             lines.append(
                 f"  {arm:<10}{best}{row['median_trial']:>12.3g}{row['useless']:>9.0%}{row['seconds_per_run']:>9.2f}"
             )

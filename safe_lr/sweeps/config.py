@@ -27,8 +27,11 @@ _LOG = ("lr", PREFIX + "margin")
 _OURS = frozenset(inspect.signature(CoherenceScheduler.__init__).parameters) - {"self", "optimizer", "schedule"}
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _KEYS = frozenset(
-    ("method", "metric", "metrics", "parameters", "early_terminate", "scheduler", "controller", "run_cap")
-    + ("program", "command", "job", "image_uri", "entity", "project", "name", "description", "apiVersion", "kind")
+    re.findall(
+        r"\w+",
+        "method metric metrics parameters early_terminate scheduler controller run_cap program command job image_uri "
+        "entity project name description apiVersion kind",
+    )
 )
 
 Space = float | str | bool | tuple[float, float] | Sequence[float | str | bool]
@@ -222,14 +225,15 @@ def _values_fault(spec: Mapping[str, Any]) -> str | None:
 
 
 def _range_fault(spec: Mapping[str, Any], method: Any) -> str | None:
-    low, high, kind = spec.get("min"), spec.get("max"), distribution(spec)
-    for side, value in (("min", low), ("max", high)):
+    for side in ("min", "max"):
+        value = spec.get(side)
         if value is None:
             return f"{side} is missing"
         if isinstance(value, str):
             return f"{side} is the text {value!r}: YAML reads 1e-3 as text, write 1.0e-3 or 0.001"
         if not _is_number(value):
             return f"{side} is {value!r}, not a number"
+    low, high, kind = spec["min"], spec["max"], distribution(spec)
     if not low < high:
         return f"min {low!r} is not below max {high!r}"
     if "log_uniform_values" in kind and low <= 0:

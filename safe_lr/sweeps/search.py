@@ -227,7 +227,8 @@ class _Sweeps:
     def __init__(self, config: Mapping[str, Any], seed: int) -> None:
         for key, spec in config["parameters"].items():
             space(key, spec)  # flat names and known distributions only, as with the other engines
-        self._config, self._runs = json.loads(json.dumps(dict(config))), []  # type: list[Any]
+        self._config = json.loads(json.dumps(dict(config)))
+        self._runs: list[Any] = []
         self._streams = _Streams(seed)
 
     def ask(self) -> dict[str, Any] | None:
