@@ -18,9 +18,9 @@ from safe_lr.plots import LR_LABELS, Chart, Points, curve, layout, measured, num
 from safe_lr.plots.timeline import IN_WORDS, State, shares, stretches
 
 _TABLE_ROWS = 80  # some 500 bytes each; with 12 curves of 240 points, 12 bytes each, the page stays below 100 KiB
-_TEXT = 280  # longest reason
+_TEXT = 230  # longest reason
 _SETTINGS = 60
-_STRETCHES = 60
+_STRETCHES = 40
 
 
 def write_report(jsonl_path: str | os.PathLike[str], out_path: str | os.PathLike[str]) -> Path:
@@ -119,6 +119,7 @@ def timeline(records: Records) -> dict[str, Any] | None:
                 "first": f"{part.first:,}",
                 "last": f"{part.last:,}",
                 "title": text,
+                "named": part.steps > 0.03 * total,  # the word has room nowhere else
             }
             for part, text in zip(parts, told, strict=True)
         ],
