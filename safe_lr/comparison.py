@@ -151,6 +151,10 @@ def _differing(runs: Sequence[Records]) -> list[tuple[str, list[str]]]:
 
 
 def _names(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
-    """The files' names, with their folders where names repeat."""
-    names = [Path(path).name for path in paths]
-    return [os.fspath(path) if names.count(name) > 1 else name for path, name in zip(paths, names, strict=True)]
+    """The files' names, with as many folders as tell them apart."""
+    parts = [Path(path).absolute().parts for path in paths]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-depth:]).replace("//", "/") for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return names  # the same file twice
