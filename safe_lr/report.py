@@ -260,7 +260,7 @@ def notes_on_file(records: Records) -> list[str]:
     if records.unreadable:
         verb = "is" if records.unreadable == 1 else "are"
         more = ", ..." if records.unreadable > len(records.unreadable_at) else ""
-        where = f" (line {', '.join(map(str, records.unreadable_at))}{more})" if records.unreadable_at else ""
+        where = f" (at {', '.join(map(str, records.unreadable_at))}{more})" if records.unreadable_at else ""
         notes.append(f"{_count(records.unreadable, 'line')} of the file {verb} cut off or foreign and left out{where}.")
     if records.summary is None:
         notes.append("The run has not ended in order: it is still going, or it was killed.")

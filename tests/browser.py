@@ -122,7 +122,14 @@ def chromium() -> Iterator[Browser]:
     assert CHROMIUM is not None
     to_read, to_write = os.pipe(), os.pipe()  # what Chromium reads, what it writes
     with tempfile.TemporaryDirectory(prefix="safe_lr-chromium-", ignore_cleanup_errors=True) as profile:
-        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
+        flags = [
+            "--headless=new",
+            "--hide-scrollbars",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--no-first-run",
+        ]
         command = [CHROMIUM, *flags, "--disable-extensions", f"--user-data-dir={profile}", "--remote-debugging-pipe"]
         # A shell puts the pipes where Chromium looks for them: descriptors 3 and 4.
         script = f'exec "$@" 3<&{to_read[0]} 4>&{to_write[1]}'

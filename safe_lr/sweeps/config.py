@@ -12,8 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safe_lr.measurement import Settings
+from safe_lr.policies import Policy
 from safe_lr.scheduler import CoherenceScheduler
-from safe_lr.sweeps.spaces import distribution
+from safe_lr.sweeps.spaces import DISTRIBUTIONS, distribution
 
 PREFIX = "safe_lr."
 MARGIN = (0.05, 1.0)
@@ -202,14 +204,34 @@ def _fault(key: Any, spec: Any, method: Any) -> str | None:
     ranged = "min" in spec or "max" in spec
     if len(forms) + ranged > 1:
         return f"{', '.join(spec)} stand side by side: give a value, values or a range"
-    if key.startswith(PREFIX) and key.removeprefix(PREFIX) not in _OURS:
-        return f"CoherenceScheduler has no argument {key.removeprefix(PREFIX)!r}"
-    if "values" in spec:
-        return _values_fault(spec)
-    if ranged or distribution(spec).endswith(("uniform", "uniform_values")):
-        return _range_fault(spec, method) if "value" not in spec else None
-    if not forms and "distribution" not in spec:
+    if not forms and not ranged and "distribution" not in spec:
         return "it says neither value nor values nor min and max"
+    if distribution(spec) not in DISTRIBUTIONS:
+        return f"distribution {distribution(spec)!r} is not one of {', '.join(DISTRIBUTIONS)}"
+    found = None
+    if "values" in spec:
+        found = _values_fault(spec)
+    elif ranged or (not forms and "uniform" in distribution(spec)):
+        found = _range_fault(spec, method)
+    return found or (_setting_fault(key.removeprefix(PREFIX), spec) if key.startswith(PREFIX) else None)
+
+
+def _setting_fault(name: str, spec: Mapping[str, Any]) -> str | None:
+    """What `CoherenceScheduler` would say to a setting's values, or to the ends of its range."""
+    if name not in _OURS:
+        return f"CoherenceScheduler has no argument {name!r}"
+    ends = [
+        spec[side]
+        for side in ("value", "min", "max")
+        if side in spec and not distribution(spec).endswith("log_uniform")
+    ]
+    for kind in (Policy, Settings):
+        if name in kind.__dataclass_fields__:
+            for value in (*ends, *spec.get("values", ())):
+                try:
+                    kind(**{name: value})
+                except (TypeError, ValueError) as error:
+                    return str(error)
     return None
 
 

@@ -61,14 +61,17 @@ def command_line(config: Mapping[str, Any], params: Mapping[str, Any]) -> list[s
         ['train.py', '--lr=0.1', '--safe_lr.follow_limit']
     """
     words: list[str] = []
-    switches = [f"--{key}" for key, value in params.items() if value is True]
-    flags = [f"--{key}={value}" for key, value in params.items() if not isinstance(value, bool)]
+    shown = {key: value for key, value in params.items() if value is not False}
+    switches = [f"--{key}" if value is True else f"--{key}={value}" for key, value in shown.items()]
     macros: dict[str, Sequence[str]] = {
         "${env}": [],  # /usr/bin/env: the interpreter below is named by its path
         "${interpreter}": [sys.executable],
-        "${args_no_boolean_flags}": [*flags, *switches],
+        "${args_no_boolean_flags}": switches,
         "${args}": [f"--{key}={value}" for key, value in params.items()],
         "${args_no_hyphens}": [f"{key}={value}" for key, value in params.items()],
+        "${args_no_equals}": [word for key, value in params.items() for word in (f"--{key}", str(value))],
+        "${args_append_hydra}": [f"+{key}={value}" for key, value in params.items()],
+        "${args_override_hydra}": [f"++{key}={value}" for key, value in params.items()],
         "${args_json}": [json.dumps(dict(params))],
     }
     for word in config.get("command", COMMAND):

@@ -21,6 +21,21 @@ _RANGES = {
 LOCAL = ("constant", "categorical", "categorical_w_probabilities", *_RANGES)
 """The distributions that a local search can draw from."""
 
+DISTRIBUTIONS = (
+    *LOCAL,
+    *(
+        "inv_log_uniform",
+        "inv_log_uniform_values",
+        "normal",
+        "q_normal",
+        "log_normal",
+        "q_log_normal",
+        "beta",
+        "q_beta",
+    ),
+)
+"""Those that W&B knows."""
+
 
 @dataclass(frozen=True)
 class Choice:
