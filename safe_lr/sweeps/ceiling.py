@@ -239,8 +239,7 @@ def clip_to_stable(
             "Lower the range."
         )
     if isinstance(lrs, Interval):
-        exponents = lrs.log and "values" not in spec["distribution"]
-        spec["min"], spec["max"] = float(spec["min"]), math.log(found.lr) if exponents else found.lr
+        spec["min"], spec["max"] = float(spec["min"]), found.lr
     else:
         kept = [index for index, lr in enumerate(lrs.values) if lr < found.lr]
         spec["values"] = [lrs.values[index] for index in kept]

@@ -206,6 +206,8 @@ def _fault(key: Any, spec: Any, method: Any) -> str | None:
         return f"{', '.join(spec)} stand side by side: give a value, values or a range"
     if not forms and not ranged and "distribution" not in spec:
         return "it says neither value nor values nor min and max"
+    if distribution(spec) in ("log_uniform", "q_log_uniform", "inv_log_uniform"):
+        return f"{distribution(spec)} takes exponents for limits: write {distribution(spec)}_values, with the values"
     if distribution(spec) not in DISTRIBUTIONS:
         return f"distribution {distribution(spec)!r} is not one of {', '.join(DISTRIBUTIONS)}"
     found = None
@@ -220,11 +222,7 @@ def _setting_fault(name: str, spec: Mapping[str, Any]) -> str | None:
     """What `CoherenceScheduler` would say to a setting's values, or to the ends of its range."""
     if name not in _OURS:
         return f"CoherenceScheduler has no argument {name!r}"
-    ends = [
-        spec[side]
-        for side in ("value", "min", "max")
-        if side in spec and not distribution(spec).endswith("log_uniform")
-    ]
+    ends = [spec[side] for side in ("value", "min", "max") if side in spec]
     for kind in (Policy, Settings):
         if name in kind.__dataclass_fields__:
             for value in (*ends, *spec.get("values", ())):

@@ -229,19 +229,25 @@ class _Sweeps:
             space(key, spec)  # flat names and known distributions only, as with the other engines
         self._config = json.loads(json.dumps(dict(config)))
         self._runs: list[Any] = []
+        with _Streams(0):  # thrown away: what it imports at its first call draws from the global streams, too
+            self._next()
         self._streams = _Streams(seed)
 
     def ask(self) -> dict[str, Any] | None:
-        import sweeps
-
-        with self._streams, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            run = sweeps.next_run(self._config, self._runs, validate=False)
+        with self._streams:
+            run = self._next()
         if run is None:
             return None
         run.name = f"t{len(self._runs)}"
         self._runs.append(run)
         return {key: _plain(item["value"]) for key, item in run.config.items()}
+
+    def _next(self) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import sweeps
+
+            return sweeps.next_run(self._config, self._runs, validate=False)
 
     def tell(self, trial: Trial) -> None:
         import sweeps

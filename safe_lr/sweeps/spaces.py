@@ -9,14 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 _RANGES = {
-    # distribution: logarithmic?, integer?, limits are natural logarithms?
-    "uniform": (False, False, False),
-    "q_uniform": (False, False, False),
-    "int_uniform": (False, True, False),
-    "log_uniform_values": (True, False, False),
-    "q_log_uniform_values": (True, False, False),
-    "log_uniform": (True, False, True),
-    "q_log_uniform": (True, False, True),
+    # distribution: logarithmic?, integer?
+    "uniform": (False, False),
+    "q_uniform": (False, False),
+    "int_uniform": (False, True),
+    "log_uniform_values": (True, False),
+    "q_log_uniform_values": (True, False),
 }
 LOCAL = ("constant", "categorical", "categorical_w_probabilities", *_RANGES)
 """The distributions that a local search can draw from."""
@@ -24,7 +22,6 @@ LOCAL = ("constant", "categorical", "categorical_w_probabilities", *_RANGES)
 DISTRIBUTIONS = (
     *LOCAL,
     *(
-        "inv_log_uniform",
         "inv_log_uniform_values",
         "normal",
         "q_normal",
@@ -34,7 +31,7 @@ DISTRIBUTIONS = (
         "q_beta",
     ),
 )
-"""Those that W&B knows."""
+"""Those that W&B takes. It knows log_uniform, with exponents for limits, too, and says that it is not to be used."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +134,7 @@ def space(name: str, spec: Mapping[str, Any]) -> Choice | Interval:
         return Choice(tuple(spec["values"]), None if weights is None else tuple(weights))
     if kind not in _RANGES:
         raise ValueError(f"parameters.{name}: a local search cannot draw from {kind!r}: use one of {', '.join(LOCAL)}")
-    log, integer, exponents = _RANGES[kind]
-    low, high = float(spec["min"]), float(spec["max"])
-    if exponents:
-        low, high = math.exp(low), math.exp(high)
-    return Interval(low, high, log, integer, float(spec.get("q", 1)) if kind.startswith("q_") else None)
+    log, integer = _RANGES[kind]
+    return Interval(
+        float(spec["min"]), float(spec["max"]), log, integer, float(spec.get("q", 1)) if kind.startswith("q_") else None
+    )
