@@ -220,6 +220,8 @@ def _work(sweep: str, function: Callable[..., Any] | None, count: int | None) ->
             return 0
     command = [sys.executable, "-m", "wandb", "agent", *(["--count", str(count)] if count else []), sweep]
     environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    # The agent starts the program by `python`: that is to be this one, also where its environment is not activated.
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
     return NEGATIVE if subprocess.run(command, env=environment, check=False).returncode else 0
 
 
