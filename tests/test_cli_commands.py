@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -148,7 +149,7 @@ def test_a_long_timeline_keeps_what_is_most_remarkable() -> None:
     few = stretches(records, most=10)
     assert [part for part in few if part.state == "beyond"] == [Stretch(700, 799, "beyond")]
     assert (few[0].first, few[-1].last) == (0, 999)
-    assert all(before.last + 1 == after.first for before, after in zip(few, few[1:], strict=False))
+    assert all(before.last + 1 == after.first for before, after in itertools.pairwise(few))
     assert shares(exact) == {"close": 0.5, "clear": 0.499, "beyond": 0.001}
 
 
