@@ -15,10 +15,12 @@ from safe_lr.decisions import Decision
 from safe_lr.loggers.facts import Facts, facts
 from safe_lr.loggers.records import Records, read_jsonl
 from safe_lr.plots import LR_LABELS, Chart, Points, curve, layout, measured, number
+from safe_lr.plots.timeline import IN_WORDS, State, shares, stretches
 
 _TABLE_ROWS = 80  # some 500 bytes each; with 12 curves of 240 points, 12 bytes each, the page stays below 100 KiB
-_TEXT = 280  # longest reason
+_TEXT = 230  # longest reason
 _SETTINGS = 60
+_STRETCHES = 40
 
 
 def write_report(jsonl_path: str | os.PathLike[str], out_path: str | os.PathLike[str]) -> Path:
@@ -35,13 +37,27 @@ def write_report(jsonl_path: str | os.PathLike[str], out_path: str | os.PathLike
         OSError: A file cannot be read or written.
         ValueError: There is no record in the file, or both paths are the same.
     """
+    out = other_than([jsonl_path], out_path)
+    write_page(render(read_jsonl(jsonl_path)), out)
+    return out
+
+
+def other_than(sources: Sequence[str | os.PathLike[str]], out_path: str | os.PathLike[str]) -> Path:
+    """Returns where to write, unless that would replace a source.
+
+    Raises:
+        ValueError: It would.
+    """
     out = Path(out_path)
-    if out.resolve() == Path(jsonl_path).resolve():
+    if out.resolve() in {Path(source).resolve() for source in sources}:
         raise ValueError(f"the report would replace its own source {out}: give another path for it")
-    page = render(read_jsonl(jsonl_path))
+    return out
+
+
+def write_page(page: str, out: Path) -> None:
+    """Writes the page; missing folders are made."""
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page, encoding="utf-8")
-    return out
 
 
 def render(records: Records) -> str:
@@ -56,19 +72,70 @@ def render(records: Records) -> str:
     """
     shown = select(records.decisions, _TABLE_ROWS)
     found = facts(records)
-    return _template().render(
+    return template("report.html").render(
         name=records.name or "a run",
         version=records.runs[-1]["version"] if records.runs else "unknown",
         settings=_settings(records),
         story=_story(found),
         tiles=_tiles(found),
         notes=_notes(records),
+        timeline=timeline(records),
         charts=_charts(records),
         decisions=[_table_row(decision) for decision in shown],
         left_out=len(records.decisions) - len(shown),
         total=len(records.decisions),
         groups=any(decision.group for decision in records.decisions),
     )
+
+
+def timeline(records: Records) -> dict[str, Any] | None:
+    """Returns what the template draws of how lr stood against its cap; None where there is nothing.
+
+    Args:
+        records: A run's record.
+
+    Example:
+        >>> rows = [{"step": 0, "lr": 1.0, "cap": 4.0}, {"step": 3, "lr": 4.0, "cap": 4.0, "capped": 1.0}]
+        >>> timeline(Records(rows=rows))["sentence"]
+        'clear 75 % of the steps, capped 25 %; steps 0 to 2 clear, step 3 capped'
+    """
+    exact = stretches(records)
+    if not exact:
+        return None
+    parts = stretches(records, most=_STRETCHES)
+    total = parts[-1].last - parts[0].first + 1
+    told = [f"{_steps(part.first, part.last)} {part.state}" for part in parts]
+    portions: list[tuple[State, str, str]] = []
+    for state, share in shares(exact).items():
+        portions.append((state, _percent(share), IN_WORDS[state]))
+    in_short = ", ".join(
+        f"{state} {share}" + " of the steps" * (index == 0) for index, (state, share, _) in enumerate(portions)
+    )
+    return {
+        "parts": [
+            {
+                "state": part.state,
+                "width": f"{100 * part.steps / total:.4g}",
+                "first": f"{part.first:,}",
+                "last": f"{part.last:,}",
+                "title": text,
+                "named": part.steps > 0.03 * total,  # the word has room nowhere else
+            }
+            for part, text in zip(parts, told, strict=True)
+        ],
+        "first": f"{parts[0].first:,}",
+        "last": f"{parts[-1].last:,}",
+        "states": portions,
+        "sentence": f"{in_short}; {', '.join(told)}" if len(told) <= 12 else in_short,
+    }
+
+
+def _steps(first: int, last: int) -> str:
+    return f"step {first:,}" if first == last else f"steps {first:,} to {last:,}"
+
+
+def _percent(share: float) -> str:
+    return "under 1 %" if share < 0.01 else f"{100 * share:.0f} %"
 
 
 def select(decisions: Sequence[Decision], limit: int) -> list[Decision]:
@@ -184,21 +251,28 @@ def _cost(found: Facts) -> str:
 
 
 def _share(found: Facts) -> str:
-    percent = 100 * found.capped_share
-    return "under 1 %" if percent < 1 else f"{percent:.0f} %"
+    return _percent(found.capped_share)
+
+
+def notes_on_file(records: Records) -> list[str]:
+    """Returns what is not whole about a record."""
+    notes = []
+    if records.unreadable:
+        verb = "is" if records.unreadable == 1 else "are"
+        more = ", ..." if records.unreadable > len(records.unreadable_at) else ""
+        where = f" (at {', '.join(map(str, records.unreadable_at))}{more})" if records.unreadable_at else ""
+        notes.append(f"{_count(records.unreadable, 'line')} of the file {verb} cut off or foreign and left out{where}.")
+    if records.summary is None:
+        notes.append("The run has not ended in order: it is still going, or it was killed.")
+    return notes
 
 
 def _notes(records: Records) -> list[str]:
     """What a reader must know about the record itself."""
-    notes = []
-    if records.unreadable:
-        verb = "is" if records.unreadable == 1 else "are"
-        notes.append(f"{_count(records.unreadable, 'line')} of the file {verb} cut off or foreign and left out.")
+    notes = notes_on_file(records)
     if len(records.runs) > 1:
         again = f"; {_count(records.superseded, 'record')} of steps taken again left out" if records.superseded else ""
         notes.append(f"The run was started or resumed {len(records.runs):,} times{again}.")
-    if records.summary is None:
-        notes.append("The run has not ended in order: it is still going, or it was killed.")
     still = {name: _range(curve(records, name)) for name in ("beta1", "beta2")}
     known = {name: low for name, (low, _) in still.items() if low is not None}
     if known and all(low == high for low, high in still.values()):  # else there is a chart
@@ -290,7 +364,8 @@ def _count(count: int, noun: str) -> str:
 
 
 @functools.cache
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """Returns one of the page templates."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("safe_lr", "templates"),
         autoescape=True,
@@ -298,4 +373,4 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html")
+    return environment.get_template(name)

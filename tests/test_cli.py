@@ -74,7 +74,8 @@ def test_help_has_an_example_that_works(record: Path, capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit) as ended:
         main(["report", "--help"])
     assert ended.value.code == 0
-    (example,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("example: safe-lr ")]
+    printed = capsys.readouterr().out.splitlines()
+    example, _ = [line for line in printed if line.startswith("example: safe-lr ")]
     arguments = example.removeprefix("example: safe-lr ").split()
     assert main([str(record.parent / word) if "." in word else word for word in arguments]) == 0
     assert (record.parent / "report.html").is_file()

@@ -155,3 +155,21 @@ def test_demo_keeps_its_promise(tmp_path):
     assert protected["val_accuracy"] > tuned["val_accuracy"] - 0.03
     assert protected["failures"] == 0
     assert protected["overhead_counted"] < 0.05 + 121 / summary["task"]["steps"]
+
+
+def test_the_sweep_example_runs_by_itself_and_in_a_local_search(tmp_path, example):
+    settings = ["--steps=60", "--safe_lr.margin=0.2", "--safe_lr.follow_limit", "--schedule=cosine"]
+    printed = run(EXAMPLES / "sweep.py", *settings)
+    alone = json.loads(printed.splitlines()[-1])
+    assert alone["val_loss"] < 2.0  # log 10 = 2.30 is a network that knows nothing
+    sweep = example("sweep")
+    config = {"safe_lr.margin": 0.2, "safe_lr.follow_limit": True, "schedule": "cosine"}
+    assert sweep.train(config, steps=60) == pytest.approx(alone)
+    assert sweep.train({"lr": 1e4}, steps=60)["safe_lr_pruned"].startswith("step 20: lr 1e+04 is ")
+
+
+def test_the_sweep_examples_config_is_one_that_wandb_takes():
+    pytest.importorskip("yaml")
+    from safe_lr.sweeps import load_config
+
+    assert load_config(EXAMPLES / "sweep.yaml")["program"] == "examples/sweep.py"

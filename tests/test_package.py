@@ -16,8 +16,10 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # Imports point down this list, never up and never sideways. A subpackage counts as one.
 ORDER = (
     "__main__",
+    "commands",
     "__init__",
     "integrations",
+    "sweeps",
     "scheduler",
     "guard",
     "neighbours",
@@ -28,7 +30,7 @@ ORDER = (
     "controller",
     "accounts",
     "rates",
-    "sweeps",
+    "comparison",
     "report",
     "plots",
     "loggers",
@@ -56,8 +58,8 @@ ORDER = (
 PURE = ("lanczos", "stability", "policies", "tuning", "decisions")
 
 # What shows and tells; only the stateful modules and the command may know of it.
-OUTPUT = {"loggers", "report", "plots", "sweeps"}
-MAY_TELL = {"__main__", "__init__", "integrations", "scheduler", "guard"} | OUTPUT
+OUTPUT = {"loggers", "comparison", "report", "plots"}
+MAY_TELL = {"__main__", "commands", "__init__", "integrations", "sweeps", "scheduler", "guard"} | OUTPUT
 
 _OPTIMIZERS = {name for name in dir(torch.optim) if isinstance(getattr(torch.optim, name), type)}
 NAMES = (_OPTIMIZERS - {"Optimizer"}) | {
@@ -72,7 +74,7 @@ NAMES = (_OPTIMIZERS - {"Optimizer"}) | {
     "LAMB",
     "LARS",
 }
-NAMING_IS_MEANT = {"preconditioners", "integrations"}
+NAMING_IS_MEANT = {"preconditioners", "integrations", "commands"}  # `safe-lr demo` trains with one
 
 
 def unit(path: Path) -> str:
@@ -119,7 +121,8 @@ def test_pure_modules_and_output_keep_to_themselves(path):
 
 def test_importing_safe_lr_brings_in_no_extra():
     """A bare scheduler needs torch, numpy and scipy; everything else is imported where it is used."""
-    heavy = {"wandb", "matplotlib", "tensorboard", "sklearn", "tqdm", "lightning", "transformers"}
+    heavy = {"wandb", "matplotlib", "tensorboard", "sklearn", "tqdm", "lightning", "transformers", "yaml", "optuna"}
+    heavy |= {"rich", "sweeps"}
     for path in SOURCES:
         if unit(path) in {"__main__", "integrations"}:
             continue

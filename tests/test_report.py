@@ -92,7 +92,7 @@ def test_the_page_stands_alone_and_is_well_formed(run: tuple[Records, dict[str, 
     page = Page(html)
     assert html.startswith("<!doctype html>")
     assert len(html.encode()) < 100 * 1024
-    assert not re.search(r"""(src|href)\s*=|url\(|@import|https?://""", html)
+    assert not re.search(r"""(src|href)\s*=(?!"#)|url\(|@import|https?://""", html)
     assert {tag for tag, _ in page.tags} >= {"h1", "h2", "figure", "table", "thead", "details", "dl"}
     headers = [attributes for tag, attributes in page.tags if tag == "th"]
     assert all(attributes.get("scope") in ("col", "row") for attributes in headers)
@@ -152,7 +152,7 @@ def test_failures_are_marked(run: tuple[Records, dict[str, Any]]) -> None:
 def test_the_table_says_how_many_it_leaves_out(run: tuple[Records, dict[str, Any]]) -> None:
     records, told = run
     page = Page(render(records))
-    body = [row for row in page.rows if row and row[0].replace(",", "").isdigit()]
+    body = [row for row in page.rows if len(row) > 3 and row[0].replace(",", "").isdigit()]
     assert len(body) == 80
     assert f"80 of {len(told['decisions'])} decisions are shown" in page.words
     assert f"{len(told['decisions']) - 80} are left out" in page.words

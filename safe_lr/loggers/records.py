@@ -15,6 +15,8 @@ from safe_lr.decisions import ACTIONS, Decision
 
 Row = dict[str, float]
 
+_SHOWN = 5  # unreadable lines that are named
+
 
 @dataclass(frozen=True)
 class Records:
@@ -29,6 +31,7 @@ class Records:
         rows: The `step` rows, in order; figures that were not known at a step are missing from its row.
         summary: The summary of the last run, None if it did not end in order.
         unreadable: Lines that are cut off or are not ours.
+        unreadable_at: Numbers of the first few of them, counted from 1.
         superseded: Decisions and rows left out because a later run took their steps again.
         name: The file's name, for headings.
     """
@@ -40,6 +43,7 @@ class Records:
     unreadable: int = 0
     superseded: int = 0
     name: str = ""
+    unreadable_at: tuple[int, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -80,9 +84,9 @@ def read_jsonl(path: str | os.PathLike[str]) -> Records:
     """
     reader = _Reader()
     with open(path, "rb") as file:
-        for line in file:
+        for number, line in enumerate(file, start=1):
             if line.strip():
-                reader.feed(line)
+                reader.feed(line, number)
     if not (reader.runs or reader.decisions or reader.rows):
         found = f"{reader.unreadable} lines of something else" if reader.unreadable else "nothing"
         message = f"{os.fspath(path)} holds {found}, not a safe_lr record"
@@ -99,17 +103,21 @@ class _Reader:
         self.rows: list[Row] = []
         self.summary: dict[str, Any] | None = None
         self.unreadable = 0
+        self.unreadable_at: tuple[int, ...] = ()
         self.superseded = 0
         self._resumes = False
 
     def records(self, name: str) -> Records:
-        return Records(self.runs, self.decisions, self.rows, self.summary, self.unreadable, self.superseded, name=name)
+        counts = self.unreadable, self.superseded
+        return Records(self.runs, self.decisions, self.rows, self.summary, *counts, name, self.unreadable_at)
 
-    def feed(self, line: bytes) -> None:
+    def feed(self, line: bytes, number: int) -> None:
         try:
             self._take(json.loads(line))
         except (ValueError, KeyError, TypeError, AttributeError):  # cut off, not ours, or from a later version
             self.unreadable += 1
+            if len(self.unreadable_at) < _SHOWN:
+                self.unreadable_at += (number,)
 
     def _take(self, record: dict[str, Any]) -> None:
         match record.pop("kind"):

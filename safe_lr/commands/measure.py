@@ -1,0 +1,136 @@
+"""`safe-lr measure`: how large an lr could be for a user's model, and what that says about theirs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from safe_lr.commands.parsers import NEGATIVE, add_command, add_json, as_json
+
+_ABOUT = """Imports MODULE:FUNCTION, calls it, and measures what it returns: (optimizer, closure), (model, optimizer,
+closure), or a mapping with these keys. The closure returns the loss of a batch with its graph, and calls no backward().
+
+It prints the curvature, every limit on lr, and what they say about the lr that the optimizer has. Exit status 1: that
+lr is beyond the limit, or nothing could be measured."""
+
+_YOUNG = (
+    "the optimizer has made no update yet; an adaptive one's limit grows up to ten-thousandfold in its first updates: "
+    "--after 20 measures then"
+)
+
+
+def add(commands: Any) -> None:
+    """Adds the command."""
+    parser = add_command(
+        commands,
+        "measure",
+        _run,
+        brief="measure the largest stable lr of your model",
+        about=_ABOUT,
+        examples=("measure train:make", "measure examples/quickstart.py:make --after 20 --bound coherence --json"),
+    )
+    parser.add_argument("target", metavar="MODULE:FUNCTION", help="what returns optimizer and closure")
+    parser.add_argument("--bound", choices=("momentum", "coherence", "lemma1"), default="momentum")
+    parser.add_argument(
+        "--curvature", choices=("hessian", "gauss-newton", "fisher", "empirical-fisher"), default="hessian"
+    )
+    parser.add_argument("--tol", type=float, default=1e-3, help="relative residual of the eigenvalues (default .001)")
+    parser.add_argument(
+        "--after", type=int, default=0, metavar="N", help="make N protected updates on the closure's batch first"
+    )
+    add_json(parser)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from safe_lr.measurement import measure
+    from safe_lr.sweeps import load_function
+
+    if args.after < 0:
+        raise ValueError(f"--after {args.after} is negative: give a number of updates")
+    optimizer, closure = _parts(load_function(args.target)(), args.target)
+    if args.after:
+        _protected_updates(optimizer, closure, args.after)
+    try:
+        found = measure(optimizer, closure, bound=args.bound, curvature=args.curvature, tol=args.tol)
+    except TypeError as error:
+        raise ValueError(f"{args.target}: {error}") from error
+    members = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
+    lr = max(float(group["lr"]) for member in members for group in member.param_groups)
+    word, text = verdict(lr, found.lr_limit, args.bound) if found.failure is None else ("failed", found.failure)
+    young = not any(member.state for member in members)
+    if args.json:
+        fields = {name: value for name, value in asdict(found).items() if name != "vectors"}
+        print(as_json({"lr": lr, "verdict": word, "explanation": text, "updates": args.after, **fields}))
+    else:
+        _print(found, lr, args.bound)
+        print(f"verdict: {word}: {text}")
+        if young and word != "failed":
+            print(f"note: {_YOUNG}")
+    return NEGATIVE if word in ("beyond", "failed") else 0
+
+
+def verdict(lr: float, lr_limit: float, bound: str) -> tuple[str, str]:
+    """Returns what a limit says about an lr: `clear`, `close` or `beyond`, and a sentence.
+
+    Example:
+        >>> verdict(0.1, 0.5, "momentum")[0], verdict(0.4, 0.5, "momentum")[0], verdict(1.0, 0.5, "momentum")[0]
+        ('clear', 'close', 'beyond')
+    """
+    used = lr / lr_limit
+    where = f"lr {lr:.3g} is {used:.3g} times the {bound} limit {lr_limit:.3g}"
+    if used > 1:
+        return "beyond", f"{where}; linear theory says that it amplifies the sharpest direction"
+    if used > 0.5:
+        return "close", f"{where}; curvature need not grow much to pass it"
+    return "clear", f"{where}"
+
+
+def _print(found: Any, lr: float, bound: str) -> None:
+    def text(value: float | None) -> str:
+        return "not known" if value is None else f"{value:.6g}"
+
+    rows = [
+        ("loss", found.loss),
+        ("lambda_max", found.lambda_max),
+        ("p_min", found.p_min),
+        ("p_min_all", found.p_min_all),
+        ("gamma", found.gamma),
+        ("lr", lr),
+        *((f"limit {name}" + " (chosen)" * (name == bound), value) for name, value in found.limits.items()),
+    ]
+    for name, value in rows:
+        print(f"{name:<28}{text(value)}")
+    print(f"{'cost':<28}{found.num_matvecs} products, {found.cost:.3g} gradient evaluations, {found.seconds:.2g} s")
+
+
+def _parts(returned: Any, target: str) -> tuple[Any, Callable[[], Any]]:
+    """Optimizer and closure from what the user's function returned."""
+    if isinstance(returned, Mapping):
+        missing = {"optimizer", "closure"} - set(returned)
+        if not missing:
+            return returned["optimizer"], returned["closure"]
+    elif isinstance(returned, tuple) and len(returned) in (2, 3):
+        return returned[-2], returned[-1]
+    raise ValueError(
+        f"{target} returned {type(returned).__name__}: return (optimizer, closure), (model, optimizer, closure), or a "
+        "mapping with these keys"
+    )
+
+
+def _protected_updates(optimizer: Any, closure: Callable[[], Any], updates: int) -> None:
+    from safe_lr.guard import CoherenceGuard
+
+    members = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
+    guard = CoherenceGuard(optimizer, loggers=None, credit=1e6)
+    for _ in range(updates):
+        for member in members:
+            member.zero_grad()
+        closure().backward()
+        guard.observe(closure)
+        for member in members:
+            member.step()
+    for member in members:
+        member.zero_grad()
+    guard.close()

@@ -1,0 +1,135 @@
+"""The program that a sweep runs: as a script with arguments, or as a function."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safe_lr.sweeps.config import COMMAND
+
+
+def load_function(target: str) -> Callable[..., Any]:
+    """Imports `module:function`; the module may lie in the working directory, or be a file `path/to/script.py`.
+
+    Raises:
+        ValueError: The text has not that form, or there is no such module or function.
+
+    Example:
+        >>> load_function("math:sqrt")(4.0)
+        2.0
+    """
+    module, colon, name = target.rpartition(":")
+    if not (module and colon and name):
+        raise ValueError(f"{target!r} is not module:function, such as train:make or examples/sweep.py:train")
+    path = Path(module)
+    folder, dotted = (str(path.parent), path.stem) if path.suffix == ".py" else (".", module)
+    sys.path.insert(0, str(Path(folder).resolve()))
+    try:
+        found = getattr(importlib.import_module(dotted), name)
+    except ModuleNotFoundError as error:
+        if error.name != dotted.split(".")[0] and error.name != dotted:
+            raise ValueError(f"{module} needs {error.name}, which is not installed") from error
+        raise ValueError(f"there is no module {module!r} here ({Path.cwd()})") from error
+    except AttributeError as error:
+        raise ValueError(f"{module} has no {name!r}") from error
+    finally:
+        sys.path.pop(0)
+    if not callable(found):
+        raise ValueError(f"{target} is {found!r}, which is not a function")
+    return found  # type: ignore[no-any-return]
+
+
+def command_line(config: Mapping[str, Any], params: Mapping[str, Any]) -> list[str]:
+    """Returns the command that a W&B agent would start for these parameters.
+
+    Args:
+        config: A sweep config with a `program`, or with a `command` that needs none.
+        params: The run's parameters.
+
+    Raises:
+        ValueError: There is no program, or the command uses a macro that is not known.
+
+    Example:
+        >>> params = {"lr": 0.1, "safe_lr.follow_limit": True, "verbose": False}
+        >>> command_line({"program": "train.py"}, params)[-3:]
+        ['train.py', '--lr=0.1', '--safe_lr.follow_limit']
+    """
+    words: list[str] = []
+    shown = {key: value for key, value in params.items() if value is not False}
+    switches = [f"--{key}" if value is True else f"--{key}={value}" for key, value in shown.items()]
+    macros: dict[str, Sequence[str]] = {
+        "${env}": [],  # /usr/bin/env: the interpreter below is named by its path
+        "${interpreter}": [sys.executable],
+        "${args_no_boolean_flags}": switches,
+        "${args}": [f"--{key}={value}" for key, value in params.items()],
+        "${args_no_hyphens}": [f"{key}={value}" for key, value in params.items()],
+        "${args_no_equals}": [word for key, value in params.items() for word in (f"--{key}", str(value))],
+        "${args_append_hydra}": [f"+{key}={value}" for key, value in params.items()],
+        "${args_override_hydra}": [f"++{key}={value}" for key, value in params.items()],
+        "${args_json}": [json.dumps(dict(params))],
+    }
+    for word in config.get("command", COMMAND):
+        if word == "${program}":
+            if "program" not in config:
+                raise ValueError("program: the config names none: write program: train.py, or give a function")
+            words.append(str(config["program"]))
+        elif word in macros:
+            words += macros[word]
+        elif str(word).startswith("${"):
+            raise ValueError(f"command: {word!r} is not known here: use {', '.join(('${program}', *macros))}")
+        else:
+            words.append(str(word))
+    return words
+
+
+def program_of(config: Mapping[str, Any], *, folder: str | Path = ".") -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Returns a function that runs the config's program for given parameters and reads its figures.
+
+    The program prints its figures as its last line that is a JSON object: `{"val_loss": 0.31}`. It runs with W&B
+    switched off (WANDB_MODE=disabled), unless the environment says otherwise.
+
+    Args:
+        config: A sweep config with a `program`.
+        folder: Where the program runs.
+
+    Raises:
+        ValueError: There is no program. The function itself raises `RuntimeError` where the program fails.
+    """
+    command_line(config, {})  # what is wrong is said before anything runs
+
+    def run(params: dict[str, Any]) -> dict[str, Any]:
+        environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+        environment.setdefault("WANDB_MODE", "disabled")
+        done = subprocess.run(
+            command_line(config, params), cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            last = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["it printed nothing"]
+            raise RuntimeError(f"{config['program']} ended with status {done.returncode}: {last[0]}")
+        return last_figures(done.stdout)
+
+    return run
+
+
+def last_figures(printed: str) -> dict[str, Any]:
+    """Returns the last line that is a JSON object, an empty dict where there is none.
+
+    Example:
+        >>> last_figures('epoch 1\\n{"val_loss": 0.4}\\n{"val_loss": 0.3}\\nbye')
+        {'val_loss': 0.3}
+    """
+    for line in reversed(printed.splitlines()):
+        if line.lstrip().startswith("{"):
+            try:
+                figures = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(figures, dict):
+                return figures
+    return {}
