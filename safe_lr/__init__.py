@@ -2,7 +2,7 @@
 
 from safe_lr.decisions import Decision, Summary
 from safe_lr.guard import CoherenceGuard
-from safe_lr.loggers import JsonlLogger, Logger, WandbLogger
+from safe_lr.loggers import ConsoleLogger, JsonlLogger, Logger, TensorBoardLogger, TrackioLogger, WandbLogger
 from safe_lr.measurement import Measurement, measure
 from safe_lr.preconditioners import Preconditioner, register
 from safe_lr.scheduler import CoherenceScheduler
@@ -15,6 +15,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "CoherenceGuard",
     "CoherenceScheduler",
+    "ConsoleLogger",
     "Decision",
     "JsonlLogger",
     "Logger",
@@ -22,6 +23,8 @@ __all__ = [
     "Preconditioner",
     "SpectralDensity",
     "Summary",
+    "TensorBoardLogger",
+    "TrackioLogger",
     "UpdateRule",
     "WandbLogger",
     "eigenpairs",
