@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 import warnings
 from collections import deque
@@ -23,6 +24,9 @@ from safe_lr.loggers.sampling import Sampling
 _SUMMARY = {"lambda_max": "max,last", "gamma": "max,last", "utilisation": "max,last"}
 _COLUMNS: list[str | int] = [item.name for item in fields(Decision) if item.name != "limits"]
 _MAX_FAILURES = 3
+_INIT_TIMEOUT = 60.0  # nobody waits for it
+_EARLY = 200  # rows and alerts kept while a run is being opened
+_TO_BEGIN = 0.2  # a finish that has begun ends with the process; W&B waits seconds for one that has not
 _DENSE = 100  # steps all sent at the beginning
 
 
@@ -38,8 +42,8 @@ class WandbLogger:
     * Every metric is defined by its exact name. Settings go to the config key `safe_lr_resolved`, which no sweep locks.
     * Table and JSONL artifact wait for a server: they are sent once, from `close`. Close the scheduler before you
       finish the run.
-    * All calls that may wait for a server, from first to last, wait `timeout` seconds together. What a run of the
-      logger's own could not send in that time lies in its folder, for `wandb sync`.
+    * Training does not wait for a run of the logger's own to be opened. Calls that fail later may make it wait
+      `timeout` seconds, all together. What the run could not send in that time lies in its folder, for `wandb sync`.
     * An error of W&B's is never raised. The first is reported in one warning; after three, or one call that hangs, the
       logger falls silent. A sweep agent's request to stop the run is passed on.
 
@@ -53,8 +57,8 @@ class WandbLogger:
             the run.
         project: W&B project of a run that it opens.
         jsonl: A file of `JsonlLogger`'s, attached to the run as an artifact at the end.
-        timeout: Longest that W&B may make training wait, all calls together, in seconds. Raise it for a run of the
-            logger's own on a slow network.
+        timeout: Longest that failing calls may make training wait, all together, in seconds. Raise it on a slow
+            network.
         table_rows: Decisions in the table; where there were more, the first and last halves.
         alert_every: Least time between two alerts of one kind, in seconds; `safe_lr.loggers.alerts` has the kinds.
         every: Distance of the steps that are sent; 1 sends all.
@@ -77,7 +81,7 @@ class WandbLogger:
         init: bool = False,
         project: str = "safe-lr",
         jsonl: str | os.PathLike[str] | None = None,
-        timeout: float = 4.0,
+        timeout: float = 3.0,
         table_rows: int = 10_000,
         alert_every: float = 600.0,
         every: int = 10,
@@ -91,6 +95,9 @@ class WandbLogger:
         self.failures = 0
         self._given = run
         self._run: Any = None  # the run that is logged to, once it has been introduced
+        self._opening: threading.Thread | None = None
+        self._opened: Any = None  # the run that it opened, or why it could not
+        self._early: deque[tuple[str, Callable[[], Any]]] = deque(maxlen=_EARLY)
         self._owned = False
         self._rank_zero = False  # until `start`
         self._waited = 0.0
@@ -108,7 +115,8 @@ class WandbLogger:
         self._config = dict(config)
         self._sampling.restart()
         if self.init and self._rank_zero and self._find() is None:
-            self._try("init", self._open, waits=True, fatal=True)
+            self._opening = threading.Thread(target=self._open, name="safe_lr W&B init", daemon=True)
+            self._opening.start()
         self._attach()
 
     def decide(self, decision: Decision) -> None:
@@ -119,25 +127,30 @@ class WandbLogger:
         half = self._last.maxlen or 1
         (self._first if len(self._first) < half else self._last).append(decision)
         self._sampling.decided()
-        if self._attach():
-            self._alert(self._alerts.of_decision(decision, swept=bool(getattr(self._run, "sweep_id", None))))
+        attached = self._attach()
+        if attached or self._opening is not None:
+            swept = getattr(self._run, "sweep_id", None) or os.environ.get("WANDB_SWEEP_ID")
+            self._alert(self._alerts.of_decision(decision, swept=bool(swept)))
 
     def step(self, row: Mapping[str, Any]) -> None:
         """Logs the figures that are known, and alerts where the lr that was applied is beyond its limit."""
-        if self._attach():
+        attached = self._attach()
+        if attached or self._opening is not None:
             if self._sampling.picks(row):
-                self._try("log", lambda: self._log(row))
+                self._tell("log", lambda: self._log(row))
             self._alert(self._alerts.of_row(row))
 
     def close(self, summary: Mapping[str, Any]) -> None:
         """Sends the last row, summary, table and artifact, finishes a run of its own, and lets go of the run."""
         row = self._sampling.rest()
+        if self._opening is not None:
+            self._try("init", self._wait_for_run, fatal=True)
         if self._attach():
             if row is not None:
-                self._try("log", lambda: self._log(row))
-            self._try("final table", lambda: self._send(summary), waits=True)
+                self._tell("log", lambda: self._log(row))
+            self._try("final table", lambda: self._send(summary), wait=self._patience)
         if self._owned and self._run is not None:
-            self._try("finish", self._run.finish, waits=True)
+            self._try("finish", self._run.finish, wait=max(_TO_BEGIN, self._patience))
         self._rank_zero, self._run, self._given = False, None, None
         self._first.clear()
         self._last.clear()
@@ -147,23 +160,43 @@ class WandbLogger:
         return self._given if self._given is not None else getattr(sys.modules.get("wandb"), "run", None)
 
     def _open(self) -> None:
-        import wandb
+        """Opens a run, in a thread of its own."""
+        try:
+            import wandb
 
-        settings = wandb.Settings(init_timeout=self.timeout, finish_timeout=self.timeout)
-        run = wandb.init(project=self.project, settings=settings)
-        if self.failures >= _MAX_FAILURES:  # too late: nobody waits any longer
-            run.finish()
-            return
-        self._given, self._owned = run, True
+            settings = wandb.Settings(init_timeout=_INIT_TIMEOUT, finish_timeout=self.timeout)
+            self._opened = wandb.init(project=self.project, settings=settings)
+            if self._opening is None:  # too late: nobody waits any longer
+                self._opened.finish()
+        except BaseException as error:  # noqa: BLE001 (reported from the training thread; it may not end the process)
+            self._opened = error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__}: {error}")
+
+    def _wait_for_run(self) -> None:
+        if self._opening is not None:
+            self._opening.join(self._patience)
+            if self._opening.is_alive():
+                self._opening = None
+                raise TimeoutError(f"no run could be opened until {self.timeout:g} s after the end of training")
+            self._take_over()
+
+    def _take_over(self) -> None:
+        self._opening = None
+        if isinstance(self._opened, Exception):
+            raise self._opened
+        self._given, self._owned = self._opened, True
 
     def _attach(self) -> bool:
         """Whether there is a run to log to; introduces safe_lr to a new one."""
         if not self._rank_zero or self.failures >= _MAX_FAILURES:
             return False
-        if self._run is None:
+        if self._opening is not None:
+            if self._opening.is_alive():
+                return False
+            self._try("init", self._take_over, fatal=True)
+        if self._run is None and self.failures < _MAX_FAILURES:
             found = self._find()
             if found is not None:
-                self._try("attach", lambda: self._introduce(found), waits=True)
+                self._try("attach", lambda: self._introduce(found), wait=self._patience)
         return self._run is not None
 
     def _introduce(self, run: Any) -> None:
@@ -173,6 +206,8 @@ class WandbLogger:
             self._define(run, name)
         run.config.update({"safe_lr_resolved": self._config}, allow_val_change=True)
         self._run = run
+        while self._early:
+            self._try(*self._early.popleft())
 
     def _define(self, run: Any, name: str) -> None:
         """Defines one metric by its exact name: a trainer's earlier `define_metric("*")` beats any pattern."""
@@ -202,32 +237,45 @@ class WandbLogger:
 
     def _alert(self, alerts: Iterable[Alert]) -> None:
         for kind, text in alerts:
-            alert = partial(self._run.alert, title=f"safe_lr: {kind}", text=text, level="WARN")
-            self._try("alert", alert, waits=True)
+            self._tell("alert", partial(self._warn_owner, f"safe_lr: {kind}", text))
 
-    def _try(self, what: str, call: Callable[[], Any], *, waits: bool = False, fatal: bool = False) -> None:
+    def _warn_owner(self, title: str, text: str) -> None:
+        self._run.alert(title=title, text=text, level="WARN")
+
+    def _tell(self, what: str, call: Callable[[], Any]) -> None:
+        """Makes a call that does not wait for a server; later, while a run is being opened."""
+        if self._run is not None:
+            self._try(what, call)
+        else:
+            self._early.append((what, call))
+
+    @property
+    def _patience(self) -> float:
+        """Seconds that failing calls may still wait."""
+        return max(0.0, self.timeout - self._waited)
+
+    def _try(self, what: str, call: Callable[[], Any], *, wait: float | None = None, fatal: bool = False) -> None:
         """Makes a call to W&B; an error is counted, not raised. One that hangs, or is `fatal`, counts as the last.
 
         Args:
             what: Names the call.
             call: Makes it.
-            waits: Whether it may wait for a server: then what is left of `timeout` bounds it.
+            wait: Bounds one that may wait for a server, in seconds.
             fatal: Whether there is no use in going on without it.
         """
         silent, begun = self.failures >= _MAX_FAILURES, time.monotonic()
         try:
-            bounded(call, max(0.0, self.timeout - self._waited), f"W&B {what}") if waits else call()
+            call() if wait is None else bounded(call, wait, f"W&B {what}")
         except Exception as error:
             if is_stop_request(error):
                 raise
             if "is finished" in str(error):  # the user has finished the run: nothing is wrong, nothing is left to do
                 self._run = self._given = None
                 return
+            self._waited += time.monotonic() - begun
             self.failures = _MAX_FAILURES if fatal or isinstance(error, TimeoutError) else self.failures + 1
             if not silent:
                 self._report(what, error)
-        finally:
-            self._waited += (time.monotonic() - begun) * waits
 
     def _report(self, what: str, error: Exception) -> None:
         over = self.failures >= _MAX_FAILURES
