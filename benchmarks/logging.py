@@ -188,19 +188,16 @@ def spawn(
     environment |= {f"WANDB_{place}": str(folder) for place in places} | (server.environment() if server else {})
     arguments = [str(folder), str(steps), server.url if server else "", when, mode]
     command = [sys.executable, "-m", "benchmarks.logging", "--child", *arguments]
-    done = subprocess.run(
-        command,
-        env=environment,
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=170,
-    )
-    gone = time.time()
+    with (folder / "printed").open("w+") as printed:  # no pipe: W&B's service would hold it open after the process
+        done = subprocess.run(
+            command, env=environment, cwd=Path(__file__).parents[1], stdout=printed, stderr=printed, timeout=170
+        )
+        gone = time.time()
+        printed.seek(0)
+        text = printed.read()
     if done.returncode:
-        raise RuntimeError(f"{when}, {mode}: {done.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        raise RuntimeError(f"{when}, {mode}: {text[-2000:]}")
+    found: dict[str, Any] = json.loads(next(line for line in text.splitlines() if line.startswith("{")))
     records = read_jsonl(folder / "run.jsonl")
     # What a decision took of the clock differs from run to run; all else must not.
     decisions = [{**d.to_dict(), "seconds": 0.0} for d in records.decisions]

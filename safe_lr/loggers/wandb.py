@@ -176,6 +176,7 @@ class WandbLogger:
             self._opening.join(self._patience)
             if self._opening.is_alive():
                 self._opening = None
+                _abandon_service()
                 raise TimeoutError(f"no run could be opened until {self.timeout:g} s after the end of training")
             self._take_over()
 
@@ -283,3 +284,12 @@ class WandbLogger:
             then = "no more is sent to W&B" if over else "it is tried again"
             message = f"W&B {what} failed ({type(error).__name__}: {error}): training goes on, {then}"
             warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def _abandon_service() -> None:
+    """Keeps W&B's exit hook from waiting for a run that is still being opened; no run is active that this could hurt."""
+    module = sys.modules.get("wandb")
+    if module is not None and module.run is None:
+        # The hook is taken away at once; what waits after that is a thread that ends with the process.
+        threading.Thread(target=module.teardown, name="safe_lr W&B teardown", daemon=True).start()
+        time.sleep(_TO_BEGIN)
