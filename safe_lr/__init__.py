@@ -2,7 +2,7 @@
 
 from safe_lr.decisions import Decision, Summary
 from safe_lr.guard import CoherenceGuard
-from safe_lr.loggers import JsonlLogger, Logger, WandbLogger
+from safe_lr.loggers import ConsoleLogger, JsonlLogger, Logger, TensorBoardLogger, TrackioLogger, WandbLogger
 from safe_lr.measurement import Measurement, measure
 from safe_lr.preconditioners import Preconditioner, register
 from safe_lr.rewind import RewindsExhausted
@@ -16,6 +16,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "CoherenceGuard",
     "CoherenceScheduler",
+    "ConsoleLogger",
     "Decision",
     "JsonlLogger",
     "Logger",
@@ -24,6 +25,8 @@ __all__ = [
     "RewindsExhausted",
     "SpectralDensity",
     "Summary",
+    "TensorBoardLogger",
+    "TrackioLogger",
     "UpdateRule",
     "WandbLogger",
     "eigenpairs",

@@ -103,7 +103,7 @@ class CoherenceGuard:
         lambda_every: int = 4,
         preconditioner: str | Preconditioner | None = None,
         on_failure: str = "hold",
-        loggers: str | Logger | Sequence[Logger] | None = "auto",
+        loggers: str | Logger | Sequence[str | Logger] | None = "auto",
         log_path: str | Path | None = None,
         seed: int = 0,
         follow_limit: bool = False,

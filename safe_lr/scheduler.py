@@ -100,7 +100,8 @@ class CoherenceScheduler(LRScheduler):
         preconditioner: None for what is registered, "from-update" to infer P from the update of an optimizer that is
             not, or a `Preconditioner`.
         on_failure: `hold` the last cap and record why, or `raise`.
-        loggers: "auto" (W&B if a run is active), a `Logger`, several, or None.
+        loggers: "auto" (W&B if a run is active), a `Logger`, "wandb", "jsonl", "console", "tensorboard" or "trackio",
+            several of these, or None.
         log_path: Where to write the record of decisions (JSON lines), if anywhere.
         seed: Seed of the eigen-solver's start vectors.
 
@@ -161,7 +162,7 @@ class CoherenceScheduler(LRScheduler):
         rewind_device: torch.device | str | None = None,
         preconditioner: str | Preconditioner | None = None,
         on_failure: str = "hold",
-        loggers: str | Logger | Sequence[Logger] | None = "auto",
+        loggers: str | Logger | Sequence[str | Logger] | None = "auto",
         log_path: str | Path | None = None,
         seed: int = 0,
     ) -> None:

@@ -69,5 +69,5 @@ def bounded(call: Callable[[], T], timeout: float, what: str) -> T:
             raise error
         raise RuntimeError(f"{what} ended with {type(error).__name__}: {error}") from error
     if not results:
-        raise TimeoutError(f"{what} took longer than {timeout:g} s")
+        raise TimeoutError(f"{what} took longer than {timeout:.3g} s")
     return results[0]

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import io
 import json
 import math
 import os
+import warnings
 import weakref
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safe_lr.decisions import Decision
 from safe_lr.loggers.rank import is_rank_zero
+from safe_lr.loggers.sampling import Sampling
+
+MOST_WAITING = 10_000
+"""Lines kept in memory while the disk takes none, about 3 MB."""
 
 
 class JsonlLogger:
@@ -31,6 +38,9 @@ class JsonlLogger:
     A line is handed to the system in one piece and not buffered: a killed run leaves a file that reads up to its last
     line. `NaN` and `Infinity`, which JSON does not have, are written as null. In a distributed job only rank 0 writes.
     `safe_lr.loggers.read_jsonl` reads the file back.
+
+    A disk that is full, or goes away, costs one warning. The lines are then kept in memory, the last 10,000 of them,
+    and written as soon as there is room: `unwritten` counts those that wait.
 
     Args:
         path: The file. Missing folders are made; an existing file is continued.
@@ -54,45 +64,49 @@ class JsonlLogger:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, every: int = 10) -> None:
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"every={every!r} is not a number of steps: give an integer of at least 1")
+        self._sampling = Sampling(every)
         self.path = Path(path)
-        self.every = every
         self._file = _open(self.path) if is_rank_zero() else None
         if self._file is not None:  # a logger that is dropped without `close` leaves no open file behind
             weakref.finalize(self, self._file.close)
-        self._always = True  # a step after a decision is written whatever its number, and so is the first
-        self._skipped: Mapping[str, Any] | None = None
+        self._waiting: deque[bytes] = deque()  # lines to be written; the first may be a rest of one
+        self._warned = False
+
+    @property
+    def every(self) -> int:
+        """Distance of `step` lines."""
+        return self._sampling.every
+
+    @property
+    def unwritten(self) -> int:
+        """Lines that wait for room on the disk."""
+        return len(self._waiting)
 
     def start(self, config: Mapping[str, Any]) -> None:
         """Writes the `run` line."""
-        self._always, self._skipped = True, None
+        self._sampling.restart()
         self._write("run", version=_version(), config=config)
 
     def decide(self, decision: Decision) -> None:
         """Writes one `decision` line."""
-        self._always = True
+        self._sampling.decided()
         self._write("decision", **decision.to_dict())
 
     def step(self, row: Mapping[str, Any]) -> None:
         """Writes a `step` line if this step is one of those to be written."""
-        if not self._always and row["step"] % self.every:
-            self._skipped = row
-            return
-        self._always, self._skipped = False, None
-        self._write_row(row)
+        if self._sampling.picks(row):
+            self._write_row(row)
 
     def close(self, summary: Mapping[str, Any]) -> None:
         """Writes the last step and the `summary` line, and closes the file. Closing twice does nothing."""
         if self._file is None:
             return
-        try:
-            if self._skipped is not None:
-                self._write_row(self._skipped)
-            self._write("summary", summary=summary)
-        finally:
-            self._file.close()
-            self._file, self._skipped = None, None
+        row = self._sampling.rest()
+        if row is not None:
+            self._write_row(row)
+        self._write("summary", summary=summary)
+        self._file.close()
+        self._file = None
 
     def _write_row(self, row: Mapping[str, Any]) -> None:
         self._write("step", **{name: value for name, value in row.items() if value is not None})
@@ -101,9 +115,31 @@ class JsonlLogger:
         if self._file is None:  # not rank 0, or closed
             return
         line = json.dumps(_plain({"kind": kind, **fields}), allow_nan=False, separators=(",", ":")) + "\n"
-        rest = memoryview(line.encode("ascii"))
-        while rest:  # a full disk takes a part first and raises at the next call
-            rest = rest[self._file.write(rest) :]
+        self._waiting.append(line.encode("ascii"))
+        try:
+            self._drain(self._file)
+        except OSError as error:
+            if len(self._waiting) > MOST_WAITING:
+                del self._waiting[1]  # the oldest but the first, of which a part may be on the disk
+            self._warn(error)
+
+    def _drain(self, file: io.FileIO) -> None:
+        while self._waiting:  # a full disk takes a part first and raises at the next call
+            rest = self._waiting[0][file.write(self._waiting[0]) :]
+            if rest:
+                self._waiting[0] = rest
+            else:
+                self._waiting.popleft()
+
+    def _warn(self, error: OSError) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"safe_lr cannot write to {self.path} ({error.strerror or error}): training goes on, the record is "
+                "kept in memory and written once there is room",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
 
 def _open(path: Path) -> io.FileIO:
@@ -116,7 +152,8 @@ def _open(path: Path) -> io.FileIO:
         message = f"cannot write the log there ({reason}): give a path to a file in a folder that you may write to"
         raise type(error)(error.errno, message, str(path)) from error
     if torn:
-        file.write(b"\n")
+        with contextlib.suppress(OSError):  # a full disk: the first line will say so
+            file.write(b"\n")
     return file
 
 

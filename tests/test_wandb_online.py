@@ -1,0 +1,250 @@
+"""The W&B logger with the real client and a server on loopback: runs, resumed runs, sweeps, a server that fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.logging import WHENS, Training, failure, spawn
+from safe_lr.loggers import JsonlLogger, WandbLogger, read_jsonl
+from safe_lr.loggers.names import METRICS
+from tests.played import cap_at
+from tests.wandb_server import FAILURES, Run, WandbServer
+
+wandb = pytest.importorskip("wandb")
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*app_url:DeprecationWarning")  # wandb.sweep reads its own
+
+AT_MOST_LATER = 5.0  # seconds
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
+    """A server that clients in this process find, and in processes that it starts."""
+    wandb.teardown()  # a client keeps the settings that it began with
+    with WandbServer() as found:
+        for name, value in found.environment().items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+        monkeypatch.setenv("WANDB_CONSOLE", "off")
+        yield found
+        assert found.unknown == []
+        wandb.teardown()
+
+
+def quiet(**options: Any) -> Any:
+    return wandb.init(project="p", settings=wandb.Settings(disable_git=True, x_disable_stats=True), **options)
+
+
+def ours(run: Run) -> dict[int, dict[str, float]]:
+    """The run's rows that hold figures of ours, by their step, with the prefix taken off."""
+    found = {}
+    for row in run.history:
+        figures = {name.removeprefix("safe_lr/"): value for name, value in row.items() if name.startswith("safe_lr/")}
+        if "lr" in figures:
+            found[int(figures["step"])] = figures
+    return found
+
+
+def test_an_online_run_holds_figures_settings_summary_table_artifact_and_the_users_rows(
+    server: WandbServer, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.jsonl"
+    run = quiet()
+    training = Training(log_path=path)
+    for step in range(130):
+        training.step()
+        run.log({"loss": float(step)}, step=step)
+    training.scheduler.close()
+    run.finish()
+
+    found = server.run(run.id)
+    assert {row["_step"]: row["loss"] for row in found.history if "loss" in row} == {s: float(s) for s in range(130)}
+    record = read_jsonl(path)
+    written = {int(row["step"]): row for row in record.rows}
+    shown = ours(found)
+    assert {*range(1, 100), 100, 110, 120, 129} <= set(shown)  # W&B merges step 0's row into the next one's
+    for step in set(shown) & set(written):
+        assert shown[step] == pytest.approx(written[step])
+    assert set(METRICS) <= set(shown[129])
+    defined = {metric["1"] for metric in found.metrics}
+    assert {f"safe_lr/{name}" for name in (*METRICS, "step")} <= defined
+    assert found.settings["safe_lr_resolved"]["bound"] == "momentum"
+
+    assert record.summary is not None
+    summary = found.summary["safe_lr_summary"]
+    assert summary == {**record.summary, "decisions": len(record.decisions)}
+    assert {"capped_steps", "overhead", "worst_utilisation", "first_capped_step"} <= set(summary)
+
+    artifacts = {item["input"]["artifactTypeName"]: item for item in server.artifacts.values()}
+    assert artifacts["safe_lr_decisions"]["files"]["decisions.jsonl"] == path.read_bytes()
+    (table,) = (content for name, content in artifacts["run_table"]["files"].items() if name.endswith(".table.json"))
+    rows = json.loads(table)
+    assert [row[rows["columns"].index("reason")] for row in rows["data"]] == [d.reason for d in record.decisions]
+    assert all(item["state"] == "COMMITTED" for item in server.artifacts.values())
+
+
+def test_a_resumed_run_goes_on_where_it_was(server: WandbServer, tmp_path: Path) -> None:
+    path, saved = tmp_path / "run.jsonl", {}
+    for part in range(2):
+        run = quiet(id="resumed", resume="allow")
+        training = Training(log_path=path)
+        if part:
+            training.model.load_state_dict(saved["model"])
+            training.optimizer.load_state_dict(saved["optimizer"])
+            training.scheduler.load_state_dict(saved["scheduler"])
+        for _ in range(40):
+            training.step()
+            run.log({"loss": training.loss().item()})
+        owners = ("model", "optimizer", "scheduler")
+        saved = {name: getattr(training, name).state_dict() for name in owners}
+        training.scheduler.close()
+        run.finish()
+    found = server.run("resumed")
+    assert found.state == "finished"
+    assert sum("loss" in row for row in found.history) == 80
+    assert list(ours(found)) == list(range(80))
+    assert found.summary["safe_lr_summary"]["steps"] == 80
+
+
+def test_alerts_reach_the_owner_few_and_named(server: WandbServer) -> None:
+    run = quiet()
+    logger = WandbLogger()
+    logger.start({})
+    for step in range(5):
+        logger.decide(cap_at(step, failure="loss is nan", loss=None))
+        logger.decide(cap_at(step, gamma=10.0**step, loss=1.0 if step < 4 else 9.0))
+    logger.close({})
+    run.finish()
+    titles = [alert["title"] for alert in server.alerts]
+    assert sorted(titles) == ["safe_lr: curvature jump", "safe_lr: instability", "safe_lr: measurement failed"]
+
+
+def test_other_ranks_send_nothing(server: WandbServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = quiet()
+    monkeypatch.setenv("RANK", "1")
+    training = Training()
+    for _ in range(5):
+        training.step()
+        run.log({"loss": 1.0})
+    training.scheduler.close()
+    run.finish()
+    found = server.run(run.id)
+    assert len(found.history) == 5
+    assert "safe_lr" not in json.dumps([found.history, found.config, found.summary])
+
+
+def test_a_run_of_its_own_is_opened_beside_training_and_misses_no_early_step(server: WandbServer) -> None:
+    training = Training(loggers=WandbLogger(init=True, timeout=30.0))
+    for _ in range(60):
+        training.step()
+    training.scheduler.close()
+    (found,) = server.runs.values()
+    assert found.state == "finished"
+    assert list(ours(found)) == list(range(60))
+    assert wandb.run is None
+
+
+SWEEP = {
+    "method": "random",
+    "metric": {"name": "loss", "goal": "minimize"},
+    "parameters": {
+        "lr": {"distribution": "log_uniform_values", "min": 0.01, "max": 100.0},
+        "safe_lr.margin": {"min": 0.25, "max": 1.0},
+    },
+}
+
+
+def point() -> None:
+    """Trains one point of the sweep."""
+    with quiet() as run:
+        training = Training(margin=run.config["safe_lr.margin"])
+        training.optimizer.param_groups[0]["lr"] = run.config["lr"]
+        for _ in range(8):
+            training.step()
+            run.log({"loss": training.loss().item()})
+        training.scheduler.close()
+
+
+def check(server: WandbServer, sweep: str, count: int) -> None:
+    runs = server.runs_of(sweep)
+    assert [run.state for run in runs] == ["finished"] * count
+    assert len({run.settings["lr"] for run in runs}) == count
+    for run in runs:
+        assert run.settings["safe_lr_resolved"]["margin"] == run.settings["safe_lr.margin"]
+        assert run.history[-1]["safe_lr/lr_desired"] == pytest.approx(run.settings["lr"])
+    unsafe = [
+        run
+        for run in runs
+        if any(row["safe_lr/lr_desired"] > row["safe_lr/lr_limit"] for row in run.history if "safe_lr/lr_limit" in row)
+    ]
+    warned = [alert["runName"] for alert in server.alerts if alert["title"] == "safe_lr: unsafe sweep point"]
+    assert sorted(warned) == sorted(run.name for run in unsafe)
+    assert unsafe  # or the line above shows nothing
+
+
+def test_a_sweep_of_eight_with_the_function_agent(server: WandbServer) -> None:
+    sweep = wandb.sweep(SWEEP, project="p")
+    wandb.agent(sweep, point, project="p", count=8)
+    check(server, sweep, 8)
+
+
+@pytest.mark.slow
+def test_a_sweep_of_three_with_the_command_line_agent(server: WandbServer, root: Path, tmp_path: Path) -> None:
+    command = ["${env}", sys.executable, "-m", "tests.test_wandb_online", "${args_no_boolean_flags}"]
+    sweep = wandb.sweep({**SWEEP, "run_cap": 3, "command": command}, project="p")
+    wandb.teardown()
+    # A client's children take part in its service, which this one has stopped.
+    environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])}
+    agent = [sys.executable, "-m", "wandb", "agent", f"p/{sweep}"]
+    done = subprocess.run(agent, env=environment, cwd=root, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    check(server, sweep, 3)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A run without W&B."""
+    return spawn(tmp_path_factory.mktemp("plain") / "run", 150)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["none", *FAILURES])
+@pytest.mark.parametrize("when", WHENS)
+def test_a_failing_server_changes_nothing_and_costs_seconds_at_most(
+    when: str, mode: str, plain: dict[str, Any], tmp_path: Path
+) -> None:
+    found = failure(when, mode, 150, tmp_path, plain)
+    assert found["same_weights"]
+    assert found["whole_record"]
+    assert found["later_s"] <= AT_MOST_LATER
+    assert found["warnings"] == (mode != "none")
+
+
+def test_a_server_that_is_gone_changes_nothing(server: WandbServer, tmp_path: Path) -> None:
+    server.stop()
+    weights = []
+    for loggers in (None, [JsonlLogger(tmp_path / "run.jsonl", every=1), WandbLogger(init=True, timeout=0.5)]):
+        training = Training(loggers=loggers)
+        for _ in range(30):
+            training.step()
+        if loggers:
+            with pytest.warns(RuntimeWarning, match="W&B init failed"):
+                training.scheduler.close()
+        weights.append(training.digest())
+    assert weights[0] == weights[1]
+    assert len(read_jsonl(tmp_path / "run.jsonl").rows) == 30
+
+
+if __name__ == "__main__":  # the program of the command-line agent's runs: the config comes from the agent
+    torch.set_num_threads(1)
+    point()
