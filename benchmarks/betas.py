@@ -9,7 +9,8 @@ loss over the last tenth of the steps, validation loss, and at the end of the ru
 (.9, .99) and (.95, .99).
 
 Then the loss spikes of `benchmarks/spikes.py`, with `tune_betas` off and on. Results are kept one file a run under
-`runs/betas`, so an interrupted benchmark goes on where it was.
+`runs/betas`, so an interrupted benchmark goes on where it was. The five default rows take some 250 runs, a quarter of an
+hour or more on two cores.
 """
 
 from __future__ import annotations
@@ -344,8 +345,8 @@ def markdown(result: dict[str, Any]) -> str:
         "    python -m benchmarks.betas --json docs/results/betas.json",
         "",
         f"Loss over the last tenth of {result['steps']} steps, in units of that with betas and eps left alone, on the "
-        f"same weights and batches: mean over the seeds ({seeds}) and its 95 % interval (Student's t; paired). Below zero "
-        "is better. Pairs are fixed betas.",
+        f"same weights and batches: mean over the seeds ({seeds}) and its 95 % interval (Student's t; paired). Below "
+        "zero is better. Pairs are fixed betas.",
         "",
         _line("row", "lr", "capped", "off", *names),
         _line(*["---"] * (4 + len(names))),
