@@ -9,8 +9,8 @@ loss over the last tenth of the steps, validation loss, and at the end of the ru
 (.9, .99) and (.95, .99).
 
 Then the loss spikes of `benchmarks/spikes.py`, with `tune_betas` off and on. Results are kept one file a run under
-`runs/betas`, so an interrupted benchmark goes on where it was. The five default rows take some 250 runs, a quarter of an
-hour or more on two cores.
+`runs/betas`, so an interrupted benchmark goes on where it was. The five default rows take some 250 runs, a quarter of
+an hour or more on two cores.
 """
 
 from __future__ import annotations
