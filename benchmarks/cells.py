@@ -24,7 +24,15 @@ from benchmarks.training import Cell, depends_on_safe_lr, run
 
 ROOT = Path(__file__).parents[1]
 TRAINING = ("benchmarks/training.py", "benchmarks/tasks.py", "benchmarks/networks.py")
-UNSEEN = ("report.py", "plots", "loggers", "__main__.py", "spectrum.py", "sharpness.py")  # of safe_lr: decide no lr
+UNSEEN = (
+    "report.py",
+    "plots",
+    "loggers",
+    "__main__.py",
+    "advice.py",
+    "spectrum.py",
+    "sharpness.py",
+)  # of safe_lr: decide no lr
 
 
 def canonical(source: str) -> str:

@@ -6,8 +6,9 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from safe_lr.advice import Course, advise
 from safe_lr.decisions import Action, Decision, Summary
-from safe_lr.measurement import Measurement
+from safe_lr.measurement import NOT_DETERMINISTIC, Measurement
 from safe_lr.operators import DIFFERENCES
 from safe_lr.policies import NormTrend, Trial
 
@@ -63,6 +64,7 @@ class State:
     first_capped_step: int | None = None
     worst_utilisation: float | None = None
     figures: dict[str, float] = field(default_factory=dict)
+    course: Course = field(default_factory=Course)  # what advice is made of
 
     def count(self, found: Measurement) -> None:
         """Adds what a measurement or trial cost."""
@@ -70,6 +72,24 @@ class State:
         self.num_matvecs += found.num_matvecs
         self.cost += found.cost
         self.seconds += found.seconds
+        if found.failure is None:
+            course = self.course
+            course.differences += found.num_matvecs > 0 and found.hvp in DIFFERENCES
+            course.inferred |= found.inferred
+            course.unrepeatable |= found.note == NOT_DETERMINISTIC
+            if (found.gradient_ratio or 0.0) > SUMMED:
+                course.summed += 1
+                course.gradient_ratio = max(found.gradient_ratio or 0.0, course.gradient_ratio or 0.0)
+
+    def stepped(self, desired: float | None, applied: float, *, capped: bool) -> None:
+        """Counts an update with the reference group's lrs; the desired one is None where lr follows the cap."""
+        if capped:
+            self.capped_steps += 1
+            if self.first_capped_step is None:
+                self.first_capped_step = self.updates
+        limit = self.figures.get("lr_limit")
+        self.course.step(self.updates, desired=desired, applied=applied, cap=self.cap, lr_limit=limit)
+        self.updates += 1
 
     def keep(self, found: Measurement) -> None:
         """Keeps a measurement's figures until the next one."""
@@ -178,8 +198,8 @@ class State:
         return row
 
     def summary(self) -> Summary:
-        """Returns the run so far in a dozen numbers."""
-        return Summary(
+        """Returns the run so far, with advice."""
+        told = Summary(
             steps=self.updates,
             measurements=self.measurements,
             failures=self.failures,
@@ -193,7 +213,9 @@ class State:
             cap=self.cap,
             lr_limit=self.figures.get("lr_limit"),
             seconds=self.seconds,
+            **self.course.figures(),
         )
+        return replace(told, advice=tuple(map(str, advise(told))))
 
     def gone_back(self, saved: dict[str, Any]) -> State:
         """Returns an earlier state, from its `state_dict()`, with what has been counted and spent since.
@@ -211,6 +233,7 @@ class State:
     @classmethod
     def from_state_dict(cls, state_dict: dict[str, Any]) -> State:
         """Restores `state_dict()`."""
+        course = state_dict.get("course", {})  # not in states of the first versions
         return cls(
             **{
                 **state_dict,
@@ -219,5 +242,6 @@ class State:
                 "flips": list(state_dict["flips"]),
                 "votes": list(state_dict["votes"]),
                 "moving": list(state_dict["moving"]),
+                "course": Course(**{**course, "pressures": dict(course.get("pressures", {}))}),
             }
         )

@@ -311,6 +311,8 @@ class Controller:
         trial = self._verdict(found, planned)
         if trial is None or found.trial_lr is None or not self.policy.learns:
             return None, None
+        if not self.young:
+            state.course.tried(found.trial_lr / planned, failed=found.trial_failed is True)
         state.trial, unit = trial, state.share * found.lr_limit
         searched = found.trial_lr * self.policy.trial_slack / unit if self.young and not found.trial_failed else None
         state.multiple = learned_multiple(

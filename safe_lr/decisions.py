@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 Action = Literal["keep", "cap", "raise", "margin", "betas", "eps", "rewind", "hold"]
@@ -112,12 +112,14 @@ class Decision:
 def _json_ready(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _json_ready(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return list(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A run so far, in a dozen numbers.
+    """A run so far, in numbers and, printed, in sentences.
 
     Attributes:
         steps: Optimizer updates made.
@@ -133,6 +135,22 @@ class Summary:
         cap: The cap in force, None before the first measurement.
         lr_limit: The limit in force.
         seconds: Wall time spent measuring.
+        last_capped_step: The last update at an lr below the desired one, None if there was none.
+        pressure, pressure_max: Desired in units of the applied lr over the capped updates: median and largest.
+        lr_desired_low, lr_desired_high: Smallest and largest desired lr; None where lr follows the cap.
+        lr_applied_high: Largest applied lr.
+        cap_low: Smallest cap after the first 10 updates.
+        unprotected_steps: Updates made without a cap.
+        beyond_steps: Updates made at an lr beyond `lr_limit`.
+        trials, trials_failed: How often a coming step was tried, and how often it failed at every length.
+        trial_room: The least that a trial step that did not fail was longer than the planned one.
+        unconverged, differences: Measurements whose eigenvalues did not converge, and those by finite differences.
+        summed, gradient_ratio: Measurements at which backward passes had probably been added up, and the largest ratio
+            of the training gradient to the closure's.
+        inferred: Whether P was inferred from an unknown optimizer's own update.
+        unrepeatable: Whether the closure gave two losses for one random state.
+        beta1_first, beta2_first, beta1, beta2: Betas of the reference group, the first and the last.
+        advice: What follows, in sentences (`safe_lr.advice`).
     """
 
     steps: int
@@ -148,6 +166,29 @@ class Summary:
     cap: float | None
     lr_limit: float | None
     seconds: float
+    last_capped_step: int | None = None
+    pressure: float | None = None
+    pressure_max: float | None = None
+    lr_desired_low: float | None = None
+    lr_desired_high: float | None = None
+    lr_applied_high: float | None = None
+    cap_low: float | None = None
+    unprotected_steps: int = 0
+    beyond_steps: int = 0
+    trials: int = 0
+    trials_failed: int = 0
+    trial_room: float | None = None
+    unconverged: int = 0
+    differences: int = 0
+    summed: int = 0
+    gradient_ratio: float | None = None
+    inferred: bool = False
+    unrepeatable: bool = False
+    beta1_first: float | None = None
+    beta2_first: float | None = None
+    beta1: float | None = None
+    beta2: float | None = None
+    advice: tuple[str, ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
         capped = "never capped"
@@ -156,10 +197,11 @@ class Summary:
         limit = "no limit measured yet"
         if self.lr_limit is not None and self.cap is not None:
             limit = f"the last limit {self.lr_limit:.3g}, margin {self.margin:.3g}, cap {self.cap:.3g}"
-        return (
+        first = (
             f"{self.steps} steps, {capped}; {limit}; {self.measurements} measurements ({self.failures} failed), "
             f"{self.num_matvecs} products, overhead {self.overhead:.1%} in gradient evaluations"
         )
+        return "\n* ".join([first, *self.advice])
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as JSON-ready values."""

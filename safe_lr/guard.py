@@ -214,7 +214,7 @@ class CoherenceGuard:
                 self.rates.apply(self._state.cap)
 
     def summary(self) -> Summary:
-        """Returns the run so far in a dozen numbers; `print` it for a sentence."""
+        """Returns the run so far in numbers; `print` it for what to make of them."""
         return self._state.summary()
 
     def rewind_memory(self) -> int:
@@ -393,13 +393,11 @@ class CoherenceGuard:
         state = self._state
         if len(self.ensemble.members) > 1:
             self.resume()  # what was paused in between counts, and is shown
-        if self.rates.capped:
-            state.capped_steps += 1
-            if state.first_capped_step is None:
-                state.first_capped_step = state.updates
         if self._log:
             self._log.step(self._row())
-        state.updates += 1
+        group = self.rates.reference
+        desired = None if self.rates.follow else self.rates.desired[group]
+        state.stepped(desired, self.rates.applied[group], capped=self.rates.capped)
         if self.restore:
             self.rates.give_back()
 
@@ -522,6 +520,7 @@ class CoherenceGuard:
         desired, betas = self.rates.asked[group], decays(self.ensemble.param_groups[group])
         decision = self._state.decision(action, reason, found, group, (desired, before, after), betas)
         self.history.append(decision)
+        self._state.course.decide(decision)
         if self._log:
             self._log.decide(decision)
 

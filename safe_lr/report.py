@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 
 from safe_lr.decisions import Decision
-from safe_lr.loggers.facts import Facts, facts
+from safe_lr.loggers.facts import Facts, facts, summary_of
 from safe_lr.loggers.records import Records, read_jsonl
 from safe_lr.plots import LR_LABELS, Chart, Points, curve, layout, measured, number
 from safe_lr.plots.timeline import IN_WORDS, State, shares, stretches
@@ -76,6 +76,7 @@ def render(records: Records) -> str:
         name=records.name or "a run",
         version=records.runs[-1]["version"] if records.runs else "unknown",
         settings=_settings(records),
+        advice=summary_of(records).advice,
         story=_story(found),
         tiles=_tiles(found),
         notes=_notes(records),

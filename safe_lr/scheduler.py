@@ -249,7 +249,7 @@ class CoherenceScheduler(LRScheduler):
         return self._guard.last_measurement
 
     def summary(self) -> Summary:
-        """Returns the run so far in a dozen numbers; `print` it for a sentence."""
+        """Returns the run so far in numbers; `print` it for what to make of them."""
         return self._guard.summary()
 
     def rewind_memory(self) -> int:

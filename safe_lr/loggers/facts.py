@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from safe_lr.decisions import Decision
+from safe_lr.advice import Course, advise
+from safe_lr.decisions import Decision, Summary
 from safe_lr.loggers.records import Records, Row
 
 
@@ -90,6 +93,79 @@ def facts(records: Records) -> Facts:
     )
 
 
+def summary_of(records: Records) -> Summary:
+    """Returns the run's summary, with its advice made anew.
+
+    Its own one where it ended in order; whatever is missing there is taken from rows and decisions. What those do not
+    hold (trial steps that changed nothing, how products were made) is then missing here too.
+
+    Args:
+        records: What `read_jsonl` returns.
+
+    Example:
+        >>> rows = [{"step": k, "lr": 0.1, "lr_desired": 0.4, "cap": 0.1, "capped": 1} for k in (0, 10, 20, 29)]
+        >>> summary = summary_of(Records(rows=rows))
+        >>> summary.capped_steps, summary.pressure_max, summary.cap_low
+        (30, 4.0, 0.1)
+    """
+    found, rows, course = facts(records), records.rows, Course()
+    follows = any(run["config"].get("follow_limit") is True for run in records.runs[-1:])
+    for row, times in _weighed(rows, records.steps):
+        _replay(course, row, times, follows=follows)
+    for decision in records.decisions:
+        course.decide(decision)
+    last = rows[-1] if rows else {}
+    numbers: dict[str, Any] = {
+        "steps": found.steps,
+        "measurements": found.measurements,
+        "failures": found.failures,
+        "num_matvecs": sum(decision.num_matvecs for decision in records.decisions),
+        "cost": found.cost,
+        "overhead": found.cost / max(1, found.steps),
+        "capped_steps": round(found.capped_share * found.steps),
+        "first_capped_step": found.first_capped,
+        "worst_utilisation": max((d.utilisation for d in records.decisions if d.utilisation is not None), default=None),
+        "margin": math.nan if found.margin_last is None else found.margin_last,
+        "cap": last.get("cap"),
+        "lr_limit": last.get("lr_limit"),
+        "seconds": found.seconds,
+    } | course.figures()
+    own = records.summary or {}
+    told = {
+        item.name: own[item.name] for item in dataclasses.fields(Summary) if item.name in own and item.name != "advice"
+    }
+    summary = Summary(**numbers | {name: value for name, value in told.items() if _fits(value)})
+    return dataclasses.replace(summary, advice=tuple(map(str, advise(summary))))
+
+
+def _fits(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float)
+
+
+def _weighed(rows: list[Row], steps: int) -> list[tuple[Row, int]]:
+    """Each row with the number of updates from it to the next one."""
+    if not rows:
+        return []
+    ends = [int(row["step"]) for row in rows[1:]] + [int(rows[0]["step"]) + steps]
+    return [(row, end - int(row["step"])) for row, end in zip(rows, ends, strict=True)]
+
+
+def _replay(course: Course, row: Row, times: int, *, follows: bool) -> None:
+    """Takes a row in, of the group with the largest desired lr."""
+    groups = [name.removeprefix("lr_desired") for name in row if name.partition("/")[0] == "lr_desired"]
+    group = max(groups, key=lambda group: row[f"lr_desired{group}"], default="")
+    applied, desired = row.get(f"lr{group}"), row.get(f"lr_desired{group}")
+    if applied is not None:
+        course.step(
+            int(row["step"]),
+            desired=None if follows else desired,
+            applied=applied,
+            cap=row.get("cap"),
+            lr_limit=row.get("lr_limit"),
+            times=times,
+        )
+
+
 def _first_step(records: Records) -> int:
     firsts = [int(row["step"]) for row in records.rows[:1]] + [decision.step for decision in records.decisions[:1]]
     return min(firsts, default=0)
@@ -101,11 +177,8 @@ def _rows(records: Records) -> list[Row]:
 
 
 def _capped_share(rows: list[Row], steps: int) -> float:
-    if not rows:
-        return 0.0
-    ends = [row["step"] for row in rows[1:]] + [rows[0]["step"] + steps]
-    capped = sum(end - row["step"] for row, end in zip(rows, ends, strict=True) if row.get("capped"))
-    return capped / max(1, ends[-1] - rows[0]["step"])
+    weighed = _weighed(rows, steps)
+    return sum(times for row, times in weighed if row.get("capped")) / max(1, sum(times for _, times in weighed))
 
 
 def _spent(decisions: Iterable[Decision], name: str) -> float:
