@@ -18,7 +18,7 @@ from safe_lr.plots import LR_LABELS, Chart, Points, curve, layout, measured, num
 from safe_lr.plots.timeline import IN_WORDS, State, shares, stretches
 
 _TABLE_ROWS = 80  # some 500 bytes each; with 12 curves of 240 points, 12 bytes each, the page stays below 100 KiB
-_TEXT = 230  # longest reason
+_TEXT = 210  # longest reason
 _SETTINGS = 60
 _STRETCHES = 40
 
