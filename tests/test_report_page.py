@@ -134,7 +134,7 @@ def test_a_screen_reader_is_told_how_lr_stood(browser: Browser, pages: dict[str,
     assert {"main", "heading", "table", "slider", "region"} <= roles
     assert all(name for role, name in tree if role in ("slider", "region", "image", "img", "link"))
     headings = [name for role, name in tree if role == "heading"]
-    assert headings[:2] == ["Learning-rate report", "Stability at a glance"]
+    assert headings[:3] == ["Learning-rate report", "What to know", "Stability at a glance"]
     assert browser.run("document.querySelector('main') !== null && document.documentElement.lang") == "en"
     browser.open(pages["comparison"], width=1280)
     lanes = [name for role, name in browser.tree() if role in ("image", "img") and "of the steps" in name]
