@@ -20,7 +20,7 @@ FIGURES = ("lr_limit", "gamma", "lambda_max", "p_min", "p_eff")
 
 COUNTED = (
     "updates", "measurements", "failures", "num_matvecs", "cost", "trial_cost", "seconds", "capped_steps",
-    "first_capped_step", "worst_utilisation", "hvp", "checked",
+    "first_capped_step", "worst_utilisation", "hvp", "checked", "course",
 )  # fmt: skip
 """What a run has done and spent stays so, also where it goes back to an earlier state."""
 

@@ -299,3 +299,12 @@ def test_a_record_with_little_in_it_is_no_error(tmp_path: Path):
 def test_the_summary_is_plain_in_json():
     told = summary(advice=("a", "b")).to_dict()
     assert told["advice"] == ["a", "b"] and set(told) == set(asdict(summary()))
+
+
+def test_a_run_that_goes_back_forgets_nothing_of_its_course():
+    state = bowl(margin=0.5)._state
+    saved = state.state_dict()
+    for _ in range(10):
+        state.stepped(100.0, 0.25, capped=True)
+    again = state.gone_back(saved)
+    assert sum(again.course.pressures.values()) == again.capped_steps == again.updates == 60
