@@ -287,7 +287,7 @@ class WandbLogger:
 
 
 def _abandon_service() -> None:
-    """Keeps W&B's exit hook from waiting for a run that is still being opened; no run is active that this could hurt."""
+    """Keeps W&B's exit hook from waiting for a run that is being opened; no run is active that this could hurt."""
     module = sys.modules.get("wandb")
     if module is not None and module.run is None:
         # The hook is taken away at once; what waits after that is a thread that ends with the process.
