@@ -81,7 +81,7 @@ class WandbLogger:
         init: bool = False,
         project: str = "safe-lr",
         jsonl: str | os.PathLike[str] | None = None,
-        timeout: float = 3.0,
+        timeout: float = 2.0,
         table_rows: int = 10_000,
         alert_every: float = 600.0,
         every: int = 10,
