@@ -81,7 +81,7 @@ class WandbLogger:
         init: bool = False,
         project: str = "safe-lr",
         jsonl: str | os.PathLike[str] | None = None,
-        timeout: float = 3.0,
+        timeout: float = 2.0,
         table_rows: int = 10_000,
         alert_every: float = 600.0,
         every: int = 10,
@@ -287,7 +287,7 @@ class WandbLogger:
 
 
 def _abandon_service() -> None:
-    """Keeps W&B's exit hook from waiting for a run that is still being opened; no active run could be hurt."""
+    """Keeps W&B's exit hook from waiting for a run that is being opened; no run is active that this could hurt."""
     module = sys.modules.get("wandb")
     if module is not None and module.run is None:
         # The hook is taken away at once; what waits after that is a thread that ends with the process.
