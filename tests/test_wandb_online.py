@@ -143,7 +143,7 @@ def test_other_ranks_send_nothing(server: WandbServer, monkeypatch: pytest.Monke
     run.finish()
     found = server.run(run.id)
     assert len(found.history) == 5
-    assert "safe_lr" not in json.dumps([found.history, found.config, found.summary])
+    assert "safe_lr" not in json.dumps([found.history, found.settings, found.metrics, found.summary])
 
 
 def test_a_run_of_its_own_is_opened_beside_training_and_misses_no_early_step(server: WandbServer) -> None:
