@@ -192,6 +192,7 @@ def test_saved_memory_elsewhere_gives_the_same_product(point: Point) -> None:
     torch.testing.assert_close(list(moved), exact_hessian(point.loss(), point.params).product(vectors))
 
 
+@pytest.mark.slow
 def test_quick_memory_benchmark_and_the_recorded_one(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -57,6 +57,7 @@ def test_the_end_is_measured_as_sharp_as_it_is():
     assert groups_with("betas", [optimizer]) == [] and "betas" not in found
 
 
+@pytest.mark.slow
 def test_a_tiny_benchmark_from_the_cells_to_the_section(tmp_path):
     benchmark = tiny(tmp_path)
     cells = list(benchmark.cells())

@@ -118,6 +118,7 @@ def test_demo_writes_all_it_announces(tmp_path):
     assert list(tmp_path.glob("wandb/offline-run-*")), "W&B's offline run lies in the output folder"
 
 
+@pytest.mark.slow
 def test_demo_runs_without_wandb(tmp_path):
     (tmp_path / "wandb.py").write_text("raise ImportError('no wandb here')\n")
     printed = run(

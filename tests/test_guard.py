@@ -968,6 +968,7 @@ def test_two_optimizers_of_different_kinds_share_one_scale() -> None:
     assert found.lr_limit == pytest.approx(2 / np.linalg.eigvalsh(d[:, None] * h * d).max(), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_an_optimizer_that_steps_rarely_is_as_young_as_its_own_average() -> None:
     """Along all eigenvectors, at margin 1, with momentum .99 in the one that steps every tenth time."""
     often, rarely = (nn.Parameter(torch.full((30,), 1.0, dtype=torch.float64)) for _ in range(2))
