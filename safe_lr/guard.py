@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
+import functools
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +18,28 @@ from torch.utils.hooks import RemovableHandle
 from safe_lr.accounts import State
 from safe_lr.closures import Closure
 from safe_lr.controller import Controller
-from safe_lr.decisions import Action, Decision, Summary
+from safe_lr.decider import Decider
+from safe_lr.decisions import Decision, Summary
 from safe_lr.ensemble import Ensemble
-from safe_lr.hooks import around_updates, warn_user
-from safe_lr.instrument import UNSCALED, Instrument
-from safe_lr.loggers import Logger, is_stop_request, resolve
+from safe_lr.hooks import around_updates
+from safe_lr.instrument import Instrument
+from safe_lr.loggers import Logger, resolve
 from safe_lr.loggers.broadcast import Broadcast
-from safe_lr.measurement import COST_OF_GRAPH, Measurement, Settings, measure
-from safe_lr.movers import MeasurementFailed
+from safe_lr.measurement import Measurement, Settings, measure
 from safe_lr.neighbours import Neighbours
 from safe_lr.objective import Closures, as_list
 from safe_lr.policies import Policy
-from safe_lr.preconditioners import Preconditioner, decays
+from safe_lr.preconditioners import Preconditioner
 from safe_lr.rates import Rates
 from safe_lr.rewind import rewinds_allowed
 from safe_lr.rewinder import Rewinder
-from safe_lr.stability import UpdateRule
 from safe_lr.tuner import Tuner
 from safe_lr.tuning import Range, Tuning
 
-NO_CLOSURE = (
-    "safe_lr was given no closure for this update: call observe(lambda: criterion(model(x), y)) on the scheduler or "
-    "guard between backward() and optimizer.step(). Training goes on; no new limit can be measured."
+JOINT = (
+    "two safe_lr schedulers act on one loss, each as if the other's parameters stood still. Their joint limit can be "
+    "half of each: give both optimizers to one CoherenceGuard([a, b])."
 )
-
-HISTORY = 10_000
-"""Decisions kept in memory."""
 
 _neighbours = Neighbours()
 
@@ -139,19 +135,26 @@ class CoherenceGuard:
         self.policy = self._controller.policy
         self._tuner = Tuner(self.ensemble, Tuning(tune_betas, beta1_range, beta2_range, tune_eps, eps_range))
         self.rates = Rates(self.ensemble, follow=follow_limit)
-        self.history: deque[Decision] = deque(maxlen=HISTORY)
-        self.last_measurement: Measurement | None = None
         self._instrument = Instrument(self.ensemble, self.settings, lambda_every, warm_start=warm_start, seed=seed)
-        self._on_failure, self._seed = on_failure, seed
+        self._seed = seed
         self.restore = restore
         self._preconditioner = preconditioner
         most = rewinds_allowed(rewind)
         self.rewinder = Rewinder(self.ensemble, most, rewind_device, tuner=self._tuner) if most else None
         self._observed: list[Closure] | None = None
         self._loss: Tensor | float | None = None
-        self._warned: set[str] = set()
         self._closed = self._counting = False
         self._log = Broadcast(resolve(loggers, log_path), self._config)
+        self._decider = Decider(
+            self.ensemble,
+            self._controller,
+            self._instrument,
+            self.rates,
+            self._tuner,
+            self.rewinder,
+            self._log,
+            raises=on_failure == "raise",
+        )
         _neighbours.succeed(self)
         self.rates.read()  # an earlier guard has given the desired lrs back
         handles = around_updates(self.ensemble.members, self)
@@ -183,6 +186,16 @@ class CoherenceGuard:
     def due(self) -> bool:
         """Whether the coming update will measure; an alarm can make one that is not due do so too."""
         return self._controller.due()
+
+    @property
+    def history(self) -> deque[Decision]:
+        """The newest decisions, at most 10,000."""
+        return self._decider.history
+
+    @property
+    def last_measurement(self) -> Measurement | None:
+        """The newest measurement, failed ones included; None before the first."""
+        return self._decider.last_measurement
 
     @property
     def last_decision(self) -> Decision | None:
@@ -281,80 +294,18 @@ class CoherenceGuard:
 
     def before(self) -> None:
         """Before the update: measures where that is due or something looks wrong, moves the cap, writes the lrs."""
+        last = self.last_measurement
         try:
-            self._act()
+            self.rates.read()
+            if not self._counting:
+                self.ensemble.count_from_now()
+                self._counting = True
+            watch = functools.partial(_neighbours.watched, self)
+            self._decider.act(self._observed, self._probe, self._loss, watch)
         finally:
             self._observed = self._loss = None  # it binds late and holds a batch
-
-    def _act(self) -> None:
-        state = self._state
-        self.rates.read()
-        if not self._counting:
-            self.ensemble.count_from_now()
-            self._counting = True
-        if self.rates.drifted() and not state.retry:
-            state.due_at = min(state.due_at, state.updates)
-        size, moving = self.ensemble.gradient_norm(), self.ensemble.moving()
-        if size is None:
-            return  # no gradients: nothing moves
-        if self.rewinder is not None and self._refused(size):
-            return
-        woken = any(now and not then for now, then in zip(moving, state.moving, strict=False))
-        if woken and not state.retry:
-            state.due_at = min(state.due_at, state.updates)  # the limit did not count these
-        if state.cap is not None and state.following:
-            self._controller.follow(self._rules())
-        usual, alarm = state.trend, state.trend.alarming(size)
-        state.trend = usual.after(size)
-        if alarm and not self._controller.due():
-            alarm = not self._harmless()
-        if self._controller.due(alarm=alarm):
-            closure = self._probe or self._observed
-            budget = self._controller.affordable(alarm=alarm)
-            if closure is not None and self._instrument.can_measure(closure, state, budget):
-                jump = f"the gradient norm is {size:.3g}, usual is {math.exp(usual.mean):.3g}" if alarm else None
-                if not alarm:
-                    self._tuner.before_measuring(self._controller.press(self.rates.wanted), state.updates)
-                found = self._measured(closure, alarm)
-                self._decide(found, jump)
-                self._tune(found, alarm)
-                return
-            if closure is None:
-                self._warn_once("observe", NO_CLOSURE)
-        if state.cap is not None:
-            if self._observed is not None and self._probe is None and self._controller.trial_due(self.rates.wanted):
-                self._try(self._observed)
-                return
-            state.cap = self._controller.cap_under(state.figures["lr_limit"])
-        self.apply()
-
-    def _refused(self, norm: float) -> bool:
-        """Whether the coming update is not to be made: it is dropped, or the run has gone back."""
-        assert self.rewinder is not None
-        before = self.rates.applied[self.rates.reference]
-        trouble = self.rewinder.inspect(norm, self._loss, self._observed, self._controller, self.rates)
-        if trouble is None:
-            return False
-        self.apply()
-        found = Measurement(bound=self.settings.bound, cost=trouble.cost)
-        self._record("rewind", trouble.reason, found, before, self.rates.applied[self.rates.reference])
-        return True
-
-    def _rules(self) -> list[UpdateRule | None]:
-        """Each parameter's update rule at the coming step; none where the optimizer's state cannot be read."""
-        try:
-            return self.ensemble.rules()
-        except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError):
-            return []  # the next measurement will say what is wrong with it
-
-    def _harmless(self) -> bool:
-        """Whether the cap is right for gradients that look wrong all the same: tried, where the margin is learned."""
-        state, closures = self._state, self._observed
-        if state.cap is None or closures is None or self._probe is not None or not self._controller.can_try:
-            return False
-        found = self._tried(closures, state.cap, 1.0)
-        state.count(found)
-        return self._controller.harmless(found)
+        if self.last_measurement is not last and _neighbours.newly_sharing(self):
+            self._decider.warn_once("joint", JOINT)
 
     def apply(self) -> None:
         """Writes the applied lrs under the cap in force."""
@@ -394,135 +345,12 @@ class CoherenceGuard:
         if len(self.ensemble.members) > 1:
             self.resume()  # what was paused in between counts, and is shown
         if self._log:
-            self._log.step(self._row())
+            self._log.step(self._decider.row())
         group = self.rates.reference
         desired = None if self.rates.follow else self.rates.desired[group]
         state.stepped(desired, self.rates.applied[group], capped=self.rates.capped)
         if self.restore:
             self.rates.give_back()
-
-    # ---- measuring and deciding
-
-    def _tried(self, closures: list[Closure], lr_ref: float, shape: float) -> Measurement:
-        """Tries the coming step at some lrs; whatever goes wrong becomes the `failure`."""
-        limit = self._state.figures["lr_limit"]
-        try:
-            found = self._instrument.try_steps(
-                closures,
-                self.rates.present_shares(),
-                lambda found: self._controller.lr_to_try(found, limit, lr_ref, shape, measured=False),
-            )
-        except Exception as error:  # noqa: BLE001 (raised again or recorded)
-            found = self._excused(error)
-        self._heard(found)
-        return replace(found, lr_limit=limit)
-
-    def _try(self, closures: list[Closure]) -> None:
-        """Between measurements, while the cap binds: lets trial steps alone move the learned margin."""
-        state = self._state
-        found = self._tried(closures, self.rates.wanted, self.rates.shape)
-        state.count(found)
-        state.trial_cost += found.cost
-        _, moved = self._controller.settle_trial(found, self.rates.wanted, self.rates.shape)
-        self.apply()
-        if moved is not None or found.failure is not None:
-            action: Action = "margin" if moved is not None else "hold"
-            lr = self.rates.applied[self.rates.reference]
-            self._record(action, moved or f"{found.failure}; the cap {state.cap:.3g} stays", found, lr, lr)
-
-    def _measured(self, closures: list[Closure], alarm: bool) -> Measurement:
-        """Measures the coming step; whatever goes wrong becomes the measurement's `failure`."""
-        state, control, lr_ref, shape = self._state, self._controller, self.rates.wanted, self.rates.shape
-        shares, flips = self.rates.present_shares(), state.flips
-        control.starts(self._rules())
-        try:
-            found = self._instrument.measure(
-                _neighbours.watched(self, closures),
-                shares,
-                state,
-                budget=control.affordable(alarm=alarm),
-                fixed=self._probe is not None,
-                search_from=self.rates.lr_ref / self.policy.trial_slack,
-                try_lr=lambda found: control.lr_to_try(found, control.in_force(found.lr_limit), lr_ref, shape),
-            )
-            if found.note == UNSCALED:
-                self._warn_once("scaled", f"safe_lr could not measure: {found.failure}.")
-            if found.failure is not None and self._on_failure == "raise":
-                raise MeasurementFailed(found.failure, found.num_matvecs)
-        except Exception as error:  # noqa: BLE001 (raised again or recorded)
-            found = self._excused(error)
-        if found.failure is None:
-            self.rates.shares = shares
-            state.hvp = found.hvp
-        else:
-            state.flips = flips  # those of the limit that stays in force
-        state.measurements += 1
-        state.count(found)
-        self._heard(found)
-        self.last_measurement = replace(found, vectors={})
-        if not _neighbours.alone(self) and _neighbours.newly_sharing(self):
-            self._warn_once(
-                "joint",
-                "two safe_lr schedulers act on one loss, each as if the other's parameters stood still. Their joint "
-                "limit can be half of each: give both optimizers to one CoherenceGuard([a, b]).",
-            )
-        return found
-
-    def _heard(self, found: Measurement) -> None:
-        if self.rewinder is not None:
-            self.rewinder.heard(found.loss)
-
-    def _excused(self, error: Exception) -> Measurement:
-        """Turns an error into a failed measurement, unless the user wants it raised or it asks training to stop."""
-        if self._on_failure == "raise" or is_stop_request(error):
-            raise error
-        first_line = next(iter(str(error).splitlines()), "")
-        failure = f"{type(error).__name__}: {first_line}"
-        under = "at the desired lr, UNPROTECTED" if self._state.cap is None else f"under the cap {self._state.cap:.3g}"
-        self._warn_once("failure", f"safe_lr could not measure ({failure}); training goes on {under}.")
-        return Measurement(bound=self.settings.bound, failure=failure, cost=COST_OF_GRAPH)
-
-    def _decide(self, found: Measurement, jump: str | None) -> None:
-        """Turns a measurement into a margin, a cap and applied lrs; `jump` says what looked wrong, if anything did."""
-        state, group = self._state, self.rates.reference
-        before = self.rates.applied[group]
-        if found.failure is None:
-            self._instrument.keep(found)
-            found = self._controller.weighed(found, self.rates.wanted, self.rates.shape, alarm=jump is not None)
-            state.moving = self.ensemble.moving()
-        _, moved = self._controller.settle(found, lr_ref=self.rates.wanted, jump=jump, shape=self.rates.shape)
-        self.apply()
-        after = self.rates.applied[group]
-        if found.failure is None:
-            state.worst_utilisation = max(after / found.lr_limit, state.worst_utilisation or 0.0)
-        if moved is not None:
-            self._record("margin", moved, replace(found, num_matvecs=0, cost=0.0, seconds=0.0), after, after)
-        self._record(*state.explain(found, before, after, capped=self.rates.capped), found, before, after)
-
-    def _tune(self, found: Measurement, alarm: bool) -> None:
-        """After a measurement: moves betas. P goes on as it was; what b1 does to c, the limit follows."""
-        state, group = self._state, self.rates.reference
-        before = self.rates.applied[group]
-        gamma = None if alarm or found.failure is not None else found.gamma
-        told = self._tuner.settle(gamma, self._controller.press(self.rates.wanted), state.updates)
-        if state.cap is not None and self.settings.bound == "momentum" and any(said[0] == "betas" for said in told):
-            self._controller.follow(self._rules())
-            state.following = True  # c of a young average goes on moving
-            state.cap = min(state.cap, state.margin * state.figures["lr_limit"])
-            self.apply()
-        limit = state.figures.get("lr_limit", math.nan)
-        found = replace(found, lr_limit=limit, failure=None, num_matvecs=0, cost=0.0, seconds=0.0)
-        for action, reason in told:
-            self._record(action, reason, found, before, self.rates.applied[group])
-
-    def _record(self, action: Action, reason: str, found: Measurement, before: float, after: float) -> None:
-        group = self.rates.reference
-        desired, betas = self.rates.asked[group], decays(self.ensemble.param_groups[group])
-        decision = self._state.decision(action, reason, found, group, (desired, before, after), betas)
-        self.history.append(decision)
-        self._state.course.decide(decision)
-        if self._log:
-            self._log.decide(decision)
 
     # ---- what loggers are told
 
@@ -534,16 +362,6 @@ class CoherenceGuard:
             "optimizer": self.ensemble.name,
             "seed": self._seed,
         }
-
-    def _row(self) -> dict[str, Any]:
-        group = self.rates.reference
-        betas = decays(self.ensemble.param_groups[group])
-        return self._state.row(self.rates.applied, self.rates.asked, group, betas, capped=self.rates.capped)
-
-    def _warn_once(self, key: str, message: str) -> None:
-        if key not in self._warned:
-            self._warned.add(key)
-            warn_user(message)
 
 
 def _leave(handles: Sequence[RemovableHandle], rates: Rates, tuner: Tuner) -> None:

@@ -22,6 +22,7 @@ ORDER = (
     "sweeps",
     "scheduler",
     "guard",
+    "decider",
     "neighbours",
     "hooks",
     "rewinder",
@@ -60,7 +61,7 @@ PURE = ("lanczos", "stability", "policies", "tuning", "advice", "decisions")
 
 # What shows and tells; only the stateful modules and the command may know of it.
 OUTPUT = {"loggers", "comparison", "report", "plots"}
-MAY_TELL = {"__main__", "commands", "__init__", "integrations", "sweeps", "scheduler", "guard"} | OUTPUT
+MAY_TELL = {"__main__", "commands", "__init__", "integrations", "sweeps", "scheduler", "guard", "decider"} | OUTPUT
 
 _OPTIMIZERS = {name for name in dir(torch.optim) if isinstance(getattr(torch.optim, name), type)}
 NAMES = (_OPTIMIZERS - {"Optimizer"}) | {
