@@ -15,7 +15,7 @@ from safe_lr.decisions import Decision, Summary
 
 Topic = Literal["cap", "lr", "warm-up", "betas", "cost", "doubt"]
 
-YOUNG = 10
+YOUNG = 13
 """Updates at the beginning of a run whose caps say nothing of it: the limit itself rises there (FREE_UPDATES)."""
 
 BIN = 1.05

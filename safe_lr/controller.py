@@ -48,6 +48,7 @@ class Controller:
         momentum: Whether the limit counts momentum.
         adaptive: Whether P is made of gradients.
         searched: Whether the limit is found by trial steps instead of measured.
+        tolerance: The optimizer's own factor on the noise limit.
 
     Attributes:
         state: What a resumed run must remember.
@@ -70,17 +71,19 @@ class Controller:
         momentum: bool = True,
         adaptive: bool = False,
         searched: bool = False,
+        tolerance: float = 1.0,
     ) -> None:
         if searched and policy.learns:
             policy = replace(policy, margin_max=min(policy.margin_max, MARGIN_SEARCHED))
         self.policy, self.least_cost = policy, least_cost
-        self.momentum, self.adaptive, self.searched = momentum, adaptive, searched
-        self.state = State(MULTIPLE_START, policy.margin_at(MULTIPLE_START, 1.0), expected_cost=least_cost)
+        self.momentum, self.adaptive, self.searched, self.tolerance = momentum, adaptive, searched, tolerance
+        margin = policy.margin_at(MULTIPLE_START, 1.0, young=True)
+        self.state = State(MULTIPLE_START, margin, expected_cost=least_cost)
 
     def restore(self, state: State) -> None:
         """Goes on from a saved state, under the present policy."""
         self.state = state
-        state.margin = self.policy.margin_at(state.multiple, state.share)
+        self._set_margin()
 
     def go_back(self, saved: dict[str, Any], wanted: float) -> None:
         """Goes on from an earlier state, with a multiple and a cap below those of the step that did harm.
@@ -98,7 +101,7 @@ class Controller:
         )
         self.state = earlier = state.gone_back(saved)
         earlier.multiple = min(earlier.multiple, multiple) if self.policy.learns else earlier.multiple
-        earlier.margin = self.policy.margin_at(earlier.multiple, earlier.share)
+        self._set_margin()
         if earlier.cap is not None:
             earlier.cap = min(earlier.cap, used / STEP)
 
@@ -234,7 +237,8 @@ class Controller:
         if self.momentum:
             state.figures["lr_limit"] = state.measured_limit * min(rises)
         is_now = state.share, state.figures["lr_limit"]
-        state.following = any(abs(now - then) > SETTLED * then for then, now in zip(was, is_now, strict=True))
+        moved = any(abs(now - then) > SETTLED * then for then, now in zip(was, is_now, strict=True))
+        state.following = moved or self.young  # for what ends with youth
 
     def starts(self, rules: list[UpdateRule | None]) -> None:
         """Takes in each parameter's update rule at the coming step, which is to be measured."""
@@ -251,8 +255,15 @@ class Controller:
             for rule in rules
             if rule is not None and rule.flip < math.inf and rule.gain > 0
         ]
-        state.share = MARGIN_SEARCHED / MULTIPLE_START if self.searched else min(shares, default=state.share)
-        state.margin = self.policy.margin_at(state.multiple, state.share)
+        if self.searched:
+            state.share = MARGIN_SEARCHED / MULTIPLE_START
+        elif shares:
+            state.share = self.tolerance * min(shares)
+        self._set_margin()
+
+    def _set_margin(self) -> None:
+        state = self.state
+        state.margin = self.policy.margin_at(state.multiple, state.share, young=self.young)
 
     def _flip(self) -> float:
         """The largest c of the parameters that move, where the limit counts it."""
@@ -322,7 +333,7 @@ class Controller:
             least=None if jump is None else MARGIN_MIN / state.share,
             found=searched,
         )
-        state.margin = self.policy.margin_at(state.multiple, state.share)
+        self._set_margin()
         if state.margin == old:
             return trial, None
         why = f"a trial step (lr {found.trial_lr:.3g}) would move the batch's loss from {found.loss:.4g} to "

@@ -85,6 +85,11 @@ class Ensemble:
         return {model.kind for model in self.models}
 
     @property
+    def tolerance(self) -> float:
+        """The largest factor of a member's on the noise limit: see `Preconditioner.tolerance`."""
+        return max(model.tolerance for model in self.models)
+
+    @property
     def adaptive(self) -> bool:
         """Whether some member's P is made of gradients."""
         return any(model.second_moments for model in self.models)

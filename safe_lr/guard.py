@@ -131,6 +131,7 @@ class CoherenceGuard:
             momentum=bound == "momentum",
             adaptive=self.ensemble.adaptive,
             searched="trial" in self.ensemble.kinds,
+            tolerance=self.ensemble.tolerance,
         )
         self.policy = self._controller.policy
         self._tuner = Tuner(self.ensemble, Tuning(tune_betas, beta1_range, beta2_range, tune_eps, eps_range))

@@ -17,8 +17,9 @@ MULTIPLE_START = 2.0
 and optimizer the lr is mostly 1-3 times 2 / gamma (Muon: 15-20); as a fraction of lr_limit it lies between .1 and 4.5
 (benchmarks/lr_robustness.py)."""
 
-MULTIPLE_LEAST = 1.0
-"""Its floor where a lengthened trial step fails: noise makes that happen in every fifth trial of a healthy run."""
+MULTIPLE_LEAST = MULTIPLE_START
+"""Its floor where a lengthened trial step fails: noise makes that happen in every fifth trial of a healthy run, and
+gamma rises as lr falls, so that at half of this the demo's lr went down to a fifth of the tuned one."""
 
 MULTIPLE_FAILED = 0.5
 """Its floor where the very step that is planned fails."""
@@ -29,6 +30,10 @@ MULTIPLE_MOST = 40.0
 UNAVERAGED = 3.0
 """The noise limit is this many times higher where P is made of gradients and the fresh gradient moves the parameters
 itself (RMSprop, Adagrad, NAdam): a gamma measured on a training batch is 2-4 times that of a large one there."""
+
+MARGIN_YOUNG = 1.0
+"""The learned margin's ceiling while the run is young, but for unaveraged steps and Muon's. Before momentum has built
+up, a multiple of 2 is a margin of 2: a ResNet's first steps then swing out beyond the limit, 10 % lost at the end."""
 
 MARGIN_SEARCHED = 0.5
 """The margin stays below this where the limit is itself the result of trial steps (Lion): nothing lies beyond."""
@@ -69,9 +74,10 @@ STEP = 1.5
 BINDING = 0.9
 """The cap counts as what holds lr back from this fraction of it on."""
 
-FREE_UPDATES = 10
-"""Updates in which the cap follows each measurement freely, 1 / (1 - b1) at the usual b1 = .9: until then the limit of
-the coming step itself rises tenfold, and no earlier cap is worth holding on to."""
+FREE_UPDATES = 13
+"""Updates in which the cap follows each measurement freely, those at 0, 3 and 12 (GAP_FACTOR): until then the limit of
+the coming step itself rises tenfold and more, and no earlier cap is worth holding on to. A LoRA fine-tune whose limit
+is forty times higher at 12 than at 3 took another 40 updates to get there."""
 
 SETTLED = 1e-4
 """When the update rule's constant c moves the limit by less than this in one update, it is left until measured anew."""
@@ -163,14 +169,20 @@ class Policy:
         """Whether the margin is learned."""
         return self.margin == "auto"
 
-    def margin_at(self, multiple: float, share: float) -> float:
+    def margin_at(self, multiple: float, share: float, *, young: bool = False) -> float:
         """Returns the margin in force: a learned multiple of the noise limit as a part of lr_limit, or the fixed one.
+
+        A learned one is MARGIN_YOUNG at most in a young run whose noise limit lies within lr_limit.
 
         Example:
             >>> Policy().margin_at(2.0, 0.25), Policy(margin_max=0.3).margin_at(2.0, 0.25), Policy(0.8).margin_at(2, 1)
             (0.5, 0.3, 0.8)
+            >>> Policy().margin_at(2.0, 1.0), Policy().margin_at(2.0, 1.0, young=True)
+            (2.0, 1.0)
         """
-        return min(multiple * share, self.margin_max) if self.margin == "auto" else float(self.margin)
+        if self.margin != "auto":
+            return float(self.margin)
+        return min(multiple * share, self.margin_max, MARGIN_YOUNG if young and share <= 1 else math.inf)
 
 
 def noise_share(flip: float, gain: float, *, averaged: bool) -> float:
@@ -303,8 +315,8 @@ def learned_multiple(
     Example:
         >>> learned_multiple(2.0, "roomy", used=2.0), learned_multiple(2.0, "fine", used=2.0)
         (3.0, 2.0)
-        >>> learned_multiple(6.0, "tight", used=3.0), learned_multiple(1.2, "tight", used=1.2)
-        (2.0, 1.0)
+        >>> learned_multiple(6.0, "tight", used=6.0), learned_multiple(2.4, "tight", used=2.4)
+        (4.0, 2.0)
     """
     if trial == "roomy":
         return max(multiple, min(MULTIPLE_MOST, multiple * STEP))

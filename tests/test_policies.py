@@ -15,6 +15,7 @@ from safe_lr.policies import (
     FREE_UPDATES,
     HALVINGS,
     MARGIN_SEARCHED,
+    MARGIN_YOUNG,
     MATURE,
     MULTIPLE_FAILED,
     MULTIPLE_LEAST,
@@ -112,12 +113,12 @@ def test_next_cap(cap: float | None, target: float, growth: float, free: bool, e
         (6.0, "tight", 6.0, {}, 6 / STEP),
         (6.0, "tight", 3.0, {}, 3 / STEP),  # below what was planned, or the cut would not cut
         (6.0, "tight", 0.0, {}, 6 / STEP),
-        (1.1, "tight", 1.1, {}, MULTIPLE_LEAST),
+        (2.1, "tight", 2.1, {}, MULTIPLE_LEAST),
+        (1.1, "tight", 1.1, {}, 1.1),  # already below that floor
         (1.1, "bad", 1.1, {}, 1.1 / STEP),
         (0.6, "bad", 0.6, {}, MULTIPLE_FAILED),
-        (0.4, "tight", 0.4, {}, 0.4),  # already below that floor
         (0.6, "bad", 0.6, {"least": 0.01}, 0.6 / STEP),  # an alarm
-        (2.0, "tight", 2.0, {"found": 1.2}, 1.2),  # what a search found
+        (9.0, "tight", 2.0, {"found": 3.0}, 3.0),  # what a search found
         (2.0, "bad", 2.0, {"found": 1e-3}, MULTIPLE_FAILED),
     ],
 )
@@ -223,7 +224,7 @@ def test_a_young_run_searches_and_an_older_one_asks_whether_there_is_room() -> N
             tried.append(lr)
             found = replace(FOUND, trial_lr=lr)  # none is fine
         if made is young:
-            assert tried == [4.0, 2.0, *(2.0 / 2**k for k in range(1, HALVINGS + 1))]
+            assert tried == [2.0, 1.0, *(1.0 / 2**k for k in range(1, HALVINGS + 1))]  # at a margin of MARGIN_YOUNG
         else:
             assert tried == [16.0, 4.0, 2.0]
     assert old.lr_to_try(replace(FOUND, trial_lr=16.0, trial_loss=0.5), 1.0, 100.0) is None
@@ -236,10 +237,10 @@ def test_a_young_run_searches_and_an_older_one_asks_whether_there_is_room() -> N
 
 def test_a_search_becomes_cap_and_reason() -> None:
     made = controller(0)
-    found = replace(FOUND, trial_loss=0.9, trial_lr=2.0)
+    found = replace(FOUND, trial_loss=0.9, trial_lr=0.5)
     trial, moved = made.settle(found, lr_ref=100.0, jump=None)
-    assert trial == "tight" and moved is not None and "no trial step longer than lr 2 lowers the batch's loss" in moved
-    assert made.state.cap == made.state.margin == MULTIPLE_LEAST
+    assert trial == "bad" and moved is not None and "no trial step longer than lr 0.5 lowers the batch's loss" in moved
+    assert made.state.cap == made.state.margin == MULTIPLE_FAILED
 
 
 def test_a_limit_in_force_is_a_median_of_limits_at_the_present_momentum() -> None:
@@ -272,13 +273,19 @@ def test_the_margin_follows_the_momentum_of_a_young_average() -> None:
     for decay in (0.0, 0.5, 0.9):
         made.starts([UpdateRule(decay=decay, from_average=1, from_gradient=0)])
         margins.append(made.state.margin)
-    assert margins == [pytest.approx(MULTIPLE_START * 2 / c) for c in (2, 6, 38)]
+    assert margins == [MARGIN_YOUNG, *(pytest.approx(MULTIPLE_START * 2 / c) for c in (6, 38))]
+    made.state.updates = FREE_UPDATES
+    made.starts([UpdateRule(from_average=1, from_gradient=0)])
+    assert made.state.margin == MULTIPLE_START
     rms = Controller(Policy(), least_cost=8.0, adaptive=True)
     rms.starts([UpdateRule()])
     assert rms.state.margin == UNAVERAGED * MULTIPLE_START
     nothing = Controller(Policy(), least_cost=8.0)
     nothing.starts([None])
-    assert nothing.state.margin == MULTIPLE_START
+    assert nothing.state.margin == MARGIN_YOUNG
+    muon = Controller(Policy(), least_cost=8.0, tolerance=8.0)
+    muon.starts([UpdateRule(decay=0.9, from_average=1, from_gradient=0)])
+    assert muon.state.margin == pytest.approx(8 * MULTIPLE_START * 2 / 38)
 
 
 def test_a_searched_limit_has_no_margin_beyond() -> None:

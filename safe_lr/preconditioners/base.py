@@ -34,6 +34,10 @@ class Preconditioner(ABC):
     function of the gradient or the parameter, and stands for the coming step alone. `trial`: no limit exists, trial
     steps alone hold lr. `inferred`: P is read off the optimizer's own update."""
 
+    tolerance: ClassVar[float] = 1.0
+    """What a learned margin multiplies the noise limit by (`policies.noise_share`), where tuned runs were seen to stand
+    more of it than those of other optimizers do."""
+
     decoupled: ClassVar[bool] = False
     """Whether `weight_decay` acts on the parameters directly instead of through the gradient."""
 
