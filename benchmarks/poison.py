@@ -152,7 +152,7 @@ class Benchmark:
         }
 
     def at(self, row: Row, protection: str, poison: str) -> dict[str, Any]:
-        """Returns a row under one poison: what that costs, what leaving the batch out does, how often both are one run."""
+        """Returns a row under one poison: what that costs, what leaving the batch out does, how often both are one."""
         clean, out, met = (
             [self.cache.get(self.cell(row, seed, protection, which)) or {} for seed in self.seeds]
             for which in (None, "left out", poison)
