@@ -73,13 +73,12 @@ class State:
         self.cost += found.cost
         self.seconds += found.seconds
         if found.failure is None:
-            course = self.course
-            course.differences += found.num_matvecs > 0 and found.hvp in DIFFERENCES
-            course.inferred |= found.inferred
-            course.unrepeatable |= found.note == NOT_DETERMINISTIC
-            if (found.gradient_ratio or 0.0) > SUMMED:
-                course.summed += 1
-                course.gradient_ratio = max(found.gradient_ratio or 0.0, course.gradient_ratio or 0.0)
+            self.course.measured(
+                differences=found.num_matvecs > 0 and found.hvp in DIFFERENCES,
+                inferred=found.inferred,
+                unrepeatable=found.note == NOT_DETERMINISTIC,
+                summed=found.gradient_ratio if (found.gradient_ratio or 0.0) > SUMMED else None,
+            )
 
     def stepped(self, desired: float | None, applied: float, *, capped: bool) -> None:
         """Counts an update with the reference group's lrs; the desired one is None where lr follows the cap."""
@@ -233,7 +232,6 @@ class State:
     @classmethod
     def from_state_dict(cls, state_dict: dict[str, Any]) -> State:
         """Restores `state_dict()`."""
-        course = state_dict.get("course", {})  # not in states of the first versions
         return cls(
             **{
                 **state_dict,
@@ -242,6 +240,6 @@ class State:
                 "flips": list(state_dict["flips"]),
                 "votes": list(state_dict["votes"]),
                 "moving": list(state_dict["moving"]),
-                "course": Course(**{**course, "pressures": dict(course.get("pressures", {}))}),
+                "course": Course.from_state_dict(state_dict.get("course", {})),  # not in states of the first versions
             }
         )

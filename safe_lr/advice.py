@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from safe_lr.decisions import Decision, Summary
+from safe_lr.decisions import Decision, Figures, Summary
 
-Topic = Literal["cap", "lr", "warm-up", "betas", "cost", "doubt"]
+Topic = Literal["cap", "rewind", "lr", "warm-up", "betas", "cost", "doubt"]
 
 YOUNG = 13
 """Updates at the beginning of a run whose caps say nothing of it: the limit itself rises there (FREE_UPDATES)."""
@@ -61,42 +61,22 @@ class Advice:
 
 @dataclass
 class Course:
-    """What was applied, desired and allowed in a run, in running numbers of a fixed size.
+    """A run's `Figures` as it goes on, in running numbers of a fixed size.
 
     Attributes:
-        pressures: Capped updates by desired / applied lr: `{k: n}`, n of them at BIN ** k.
-        Others: See `Summary`, whose fields of these names they are.
+        so_far: The figures but for `pressure`, a median ...
+        pressures: ... of the capped updates by desired / applied lr: `{k: n}`, n of them at BIN ** k.
 
     Example:
         >>> course = Course()
         >>> for step in range(20):
         ...     course.step(step, desired=1.0, applied=0.25, cap=0.25, lr_limit=0.5)
-        >>> course.figures()["pressure_max"], course.last_capped_step, course.cap_low
+        >>> course.figures()["pressure_max"], course.so_far.last_capped_step, course.so_far.cap_low
         (4.0, 19, 0.25)
     """
 
+    so_far: Figures = field(default_factory=Figures)
     pressures: dict[int, int] = field(default_factory=dict)
-    pressure_max: float | None = None
-    last_capped_step: int | None = None
-    unprotected_steps: int = 0
-    beyond_steps: int = 0
-    lr_desired_low: float | None = None
-    lr_desired_high: float | None = None
-    lr_applied_high: float | None = None
-    cap_low: float | None = None
-    trials: int = 0
-    trials_failed: int = 0
-    trial_room: float | None = None
-    unconverged: int = 0
-    differences: int = 0
-    summed: int = 0
-    gradient_ratio: float | None = None
-    inferred: bool = False
-    unrepeatable: bool = False
-    beta1_first: float | None = None
-    beta2_first: float | None = None
-    beta1: float | None = None
-    beta2: float | None = None
 
     def step(
         self,
@@ -118,42 +98,70 @@ class Course:
             lr_limit: The limit in force, None where there was none.
             times: How many updates it stands for.
         """
-        self.unprotected_steps += times * (cap is None)
-        if lr_limit is not None:
-            self.beyond_steps += times * (applied > lr_limit)
+        was, is_now = self.so_far, dict[str, Any]()
+        if cap is None:
+            is_now["unprotected_steps"] = was.unprotected_steps + times
+        elif step >= YOUNG:
+            is_now["cap_low"] = _lower(cap, was.cap_low)
+        if lr_limit is not None and applied > lr_limit:
+            is_now["beyond_steps"] = was.beyond_steps + times
         if desired is not None:
-            self.lr_desired_low = _lower(desired, self.lr_desired_low)
-            self.lr_desired_high = _higher(desired, self.lr_desired_high)
-        self.lr_applied_high = _higher(applied, self.lr_applied_high)
-        if cap is not None and step >= YOUNG:
-            self.cap_low = _lower(cap, self.cap_low)
+            is_now["lr_desired_low"] = _lower(desired, was.lr_desired_low)
+            is_now["lr_desired_high"] = _higher(desired, was.lr_desired_high)
         if desired is not None and 0 < applied < desired:
             pressure = desired / applied
-            self.last_capped_step = step + times - 1
-            self.pressure_max = _higher(pressure, self.pressure_max)
+            is_now["last_capped_step"] = step + times - 1
+            is_now["pressure_max"] = _higher(pressure, was.pressure_max)
             place = round(math.log(pressure, BIN))
             self.pressures[place] = self.pressures.get(place, 0) + times
+        self.so_far = replace(was, lr_applied_high=_higher(applied, was.lr_applied_high), **is_now)
 
     def tried(self, length: float, *, failed: bool) -> None:
         """Takes the last trial step of several in; `length` in units of the planned one. Not of young runs: they search
         from far beyond."""
-        self.trials += 1
-        self.trials_failed += failed
-        if not failed:
-            self.trial_room = _lower(length, self.trial_room)
+        was = self.so_far
+        room = was.trial_room if failed else _lower(length, was.trial_room)
+        self.so_far = replace(was, trials=was.trials + 1, trials_failed=was.trials_failed + failed, trial_room=room)
+
+    def measured(self, *, differences: bool, inferred: bool, unrepeatable: bool, summed: float | None) -> None:
+        """Takes in what a measurement that did not fail gives reason to doubt.
+
+        Args:
+            differences, inferred, unrepeatable: See `Figures`.
+            summed: The ratio of the training gradient to the closure's, where backward passes were probably added up.
+        """
+        was = self.so_far
+        self.so_far = replace(
+            was,
+            differences=was.differences + differences,
+            inferred=was.inferred or inferred,
+            unrepeatable=was.unrepeatable or unrepeatable,
+            summed=was.summed + (summed is not None),
+            gradient_ratio=was.gradient_ratio if summed is None else _higher(summed, was.gradient_ratio),
+        )
 
     def decide(self, decision: Decision) -> None:
-        """Takes a decision in: whether its eigenvalues converged, and the betas."""
-        self.unconverged += decision.num_matvecs > 0 and decision.converged is False
-        for name, value in (("beta1", decision.beta1), ("beta2", decision.beta2)):
-            if value is not None:
-                setattr(self, name, value)
-                if getattr(self, f"{name}_first") is None:
-                    setattr(self, f"{name}_first", value)
+        """Takes a decision in: whether its eigenvalues converged, the betas, and updates that were not made."""
+        was = self.so_far
+        self.so_far = replace(
+            was,
+            unconverged=was.unconverged + (decision.num_matvecs > 0 and decision.converged is False),
+            drops=was.drops + (decision.action == "drop"),
+            rewinds=was.rewinds + (decision.action == "rewind"),
+            beta1=was.beta1 if decision.beta1 is None else decision.beta1,
+            beta2=was.beta2 if decision.beta2 is None else decision.beta2,
+            beta1_first=decision.beta1 if was.beta1_first is None else was.beta1_first,
+            beta2_first=decision.beta2 if was.beta2_first is None else was.beta2_first,
+        )
 
     def figures(self) -> dict[str, Any]:
-        """Returns what `Summary` takes from here."""
-        return {"pressure": self._median()} | {name: value for name, value in vars(self).items() if name != "pressures"}
+        """Returns the figures so far, as `Summary` takes them."""
+        return vars(replace(self.so_far, pressure=self._median()))
+
+    @classmethod
+    def from_state_dict(cls, saved: dict[str, Any]) -> Course:
+        """Restores `asdict(course)`; what is missing there is new."""
+        return cls(Figures(**saved.get("so_far", {})), dict(saved.get("pressures", {})))
 
     def _median(self) -> float | None:
         """The median of desired / applied over the capped updates."""
@@ -161,7 +169,7 @@ class Course:
         for place in sorted(self.pressures):
             seen += self.pressures[place]
             if seen >= half:
-                return min(float(BIN**place), self.pressure_max or math.inf)
+                return min(float(BIN**place), self.so_far.pressure_max or math.inf)
         return None
 
 
@@ -189,7 +197,8 @@ def advise(summary: Summary) -> list[Advice]:
     """
     if not summary.steps:
         return []
-    return [*_cap(summary), *_lr(summary), *_warm_up(summary), *_betas(summary), *_cost(summary), *_doubts(summary)]
+    parts = _cap, _rewind, _lr, _warm_up, _betas, _cost, _doubts
+    return [advice for part in parts for advice in part(summary)]
 
 
 def _cap(s: Summary) -> Iterator[Advice]:
@@ -207,6 +216,18 @@ def _cap(s: Summary) -> Iterator[Advice]:
                 "at most"
             )
         yield _say("cap", f"{text}.", s)
+
+
+def _rewind(s: Summary) -> Iterator[Advice]:
+    """What was not made, and by that which data or which lr to look at."""
+    if s.drops:
+        dropped = f"{_count(s.drops, 'update')} {'was' if s.drops == 1 else 'were'} dropped"
+        yield _say(
+            "rewind", f"{dropped}: gradient or loss of the batch was not finite, or far out. Look at the data.", s
+        )
+    if s.rewinds:
+        text = f"The run went back {_count(s.rewinds, 'time')}: the loss had jumped, or something was no longer finite."
+        yield _say("rewind", text, s)
 
 
 def _lr(s: Summary) -> Iterator[Advice]:

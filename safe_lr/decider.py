@@ -154,7 +154,7 @@ class Decider:
             return False
         self.rates.apply(self.state.cap)
         found = Measurement(bound=self.instrument.settings.bound, cost=trouble.cost)
-        self._record("rewind", trouble.reason, found, before, self.rates.applied[self.rates.reference])
+        self._record(trouble.action, trouble.reason, found, before, self.rates.applied[self.rates.reference])
         return True
 
     def _rules(self) -> list[UpdateRule | None]:

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-Action = Literal["keep", "cap", "raise", "margin", "betas", "eps", "rewind", "hold"]
+Action = Literal["keep", "cap", "raise", "margin", "betas", "eps", "drop", "rewind", "hold"]
 
 ACTIONS: tuple[Action, ...] = get_args(Action)
 
@@ -27,9 +27,9 @@ class Decision:
         step: Optimizer updates made before this one (0 for the first).
         group: Index of the parameter group with the largest desired lr.
         action: `keep` (lr stays as it is), `cap` (lr is lowered to the cap), `raise` (the cap lets lr rise), `margin`
-            (the learned margin changed), `betas` or `eps` (they moved, or stay after what the last move did), `rewind`
-            (the update was not made: its batch is to blame, or the run went back to a snapshot), or `hold` (no usable
-            measurement: the last cap stays; or betas or eps that are left alone).
+            (the learned margin changed), `betas` or `eps` (they moved, or stay after what the last move did), `drop`
+            (the update was not made, for its batch is to blame), `rewind` (the run went back to a snapshot), or `hold`
+            (no usable measurement: the last cap stays; or betas or eps that are left alone).
         reason: One plain sentence with its numbers.
         lr_desired: The lr that the schedule asks for.
         lr_before: The lr applied before the decision.
@@ -117,24 +117,11 @@ def _json_ready(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-@dataclass(frozen=True)
-class Summary:
-    """A run so far, in numbers and, printed, in sentences.
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """What was applied, desired and allowed in a run, as far as advice needs it.
 
     Attributes:
-        steps: Optimizer updates made.
-        measurements: Measurements made, failed ones included.
-        failures: Measurements that failed.
-        num_matvecs: Hessian-vector products spent.
-        cost: Gradient evaluations spent.
-        overhead: `cost / steps`: measuring against training, in gradient evaluations.
-        capped_steps: Updates made at an lr below the desired one.
-        first_capped_step: The first of them, None if there was none.
-        worst_utilisation: Largest applied lr in units of its limit, None before the first measurement.
-        margin: The margin in force.
-        cap: The cap in force, None before the first measurement.
-        lr_limit: The limit in force.
-        seconds: Wall time spent measuring.
         last_capped_step: The last update at an lr below the desired one, None if there was none.
         pressure, pressure_max: Desired in units of the applied lr over the capped updates: median and largest.
         lr_desired_low, lr_desired_high: Smallest and largest desired lr; None where lr follows the cap.
@@ -149,23 +136,10 @@ class Summary:
             of the training gradient to the closure's.
         inferred: Whether P was inferred from an unknown optimizer's own update.
         unrepeatable: Whether the closure gave two losses for one random state.
+        drops, rewinds: Updates that were not made because their batch was to blame, and times gone back.
         beta1_first, beta2_first, beta1, beta2: Betas of the reference group, the first and the last.
-        advice: What follows, in sentences (`safe_lr.advice`).
     """
 
-    steps: int
-    measurements: int
-    failures: int
-    num_matvecs: int
-    cost: float
-    overhead: float
-    capped_steps: int
-    first_capped_step: int | None
-    worst_utilisation: float | None
-    margin: float
-    cap: float | None
-    lr_limit: float | None
-    seconds: float
     last_capped_step: int | None = None
     pressure: float | None = None
     pressure_max: float | None = None
@@ -184,10 +158,49 @@ class Summary:
     gradient_ratio: float | None = None
     inferred: bool = False
     unrepeatable: bool = False
+    drops: int = 0
+    rewinds: int = 0
     beta1_first: float | None = None
     beta2_first: float | None = None
     beta1: float | None = None
     beta2: float | None = None
+
+
+@dataclass(frozen=True)
+class Summary(Figures):
+    """A run so far, in numbers and, printed, in sentences.
+
+    Attributes:
+        steps: Optimizer updates made.
+        measurements: Measurements made, failed ones included.
+        failures: Measurements that failed.
+        num_matvecs: Hessian-vector products spent.
+        cost: Gradient evaluations spent.
+        overhead: `cost / steps`: measuring against training, in gradient evaluations.
+        capped_steps: Updates made at an lr below the desired one.
+        first_capped_step: The first of them, None if there was none.
+        worst_utilisation: Largest applied lr in units of its limit, None before the first measurement.
+        margin: The margin in force.
+        cap: The cap in force, None before the first measurement.
+        lr_limit: The limit in force.
+        seconds: Wall time spent measuring.
+        advice: What follows, in sentences (`safe_lr.advice`).
+        Others: See `Figures`.
+    """
+
+    steps: int
+    measurements: int
+    failures: int
+    num_matvecs: int
+    cost: float
+    overhead: float
+    capped_steps: int
+    first_capped_step: int | None
+    worst_utilisation: float | None
+    margin: float
+    cap: float | None
+    lr_limit: float | None
+    seconds: float
     advice: tuple[str, ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:

@@ -110,6 +110,7 @@ class CoherenceGuard:
         eps_range: Range = (0.0, 1e-3),
         rewind: bool | int = False,
         rewind_device: torch.device | str | None = None,
+        process_group: Any = None,
         restore: bool = True,
     ) -> None:
         self.ensemble = Ensemble(optimizer, preconditioner)
@@ -141,7 +142,9 @@ class CoherenceGuard:
         self.restore = restore
         self._preconditioner = preconditioner
         most = rewinds_allowed(rewind)
-        self.rewinder = Rewinder(self.ensemble, most, rewind_device, tuner=self._tuner) if most else None
+        self.rewinder: Rewinder | None = None
+        if most:
+            self.rewinder = Rewinder(self.ensemble, most, rewind_device, tuner=self._tuner, process_group=process_group)
         self._observed: list[Closure] | None = None
         self._loss: Tensor | float | None = None
         self._closed = self._counting = False

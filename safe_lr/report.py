@@ -161,7 +161,7 @@ def select(decisions: Sequence[Decision], limit: int) -> list[Decision]:
     ranks: list[Callable[[int], bool]] = [
         lambda i: i < ends or i >= len(decisions) - ends,
         lambda i: decisions[i].action == "hold" or decisions[i].failure is not None,
-        lambda i: decisions[i].action in ("cap", "rewind"),
+        lambda i: decisions[i].action in ("cap", "drop", "rewind"),
         lambda i: decisions[i].action in ("margin", "betas", "eps"),
         lambda i: True,
     ]

@@ -213,7 +213,7 @@ class Trouble:
 
     Attributes:
         step: Updates made before it.
-        action: "drop" or "rewind".
+        action: Which of both.
         back_to: Updates made before the snapshot.
         norm: The gradient's norm.
         usual_norm: The (geometric) mean norm before.
@@ -226,7 +226,7 @@ class Trouble:
     """
 
     step: int
-    action: str
+    action: Literal["drop", "rewind"]
     back_to: int
     norm: float
     usual_norm: float

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -251,7 +251,13 @@ class Rewinder:
         return (signs if found is None else replace(signs, now=found[0], then=found[1])), cost
 
     def _trouble(
-        self, action: str, norm: float, signs: Signs, cost: float, control: Controller, rates: Rates
+        self,
+        action: Literal["drop", "rewind"],
+        norm: float,
+        signs: Signs,
+        cost: float,
+        control: Controller,
+        rates: Rates,
     ) -> Trouble:
         state, sign = control.state, self._sign()
         return Trouble(

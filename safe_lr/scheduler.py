@@ -97,6 +97,7 @@ class CoherenceScheduler(LRScheduler):
             a GradScaler skips is none of it. Under torch.distributed all ranks decide together, by one small all-reduce
             an update.
         rewind_device: Where the snapshot lies ("cpu"); None for where the parameters do.
+        process_group: Whose ranks decide together about going back; None for torch.distributed's default group.
         preconditioner: None for what is registered, "from-update" to infer P from the update of an optimizer that is
             not, or a `Preconditioner`.
         on_failure: `hold` the last cap and record why, or `raise`.
@@ -160,6 +161,7 @@ class CoherenceScheduler(LRScheduler):
         eps_range: Range = (0.0, 1e-3),
         rewind: bool | int = False,
         rewind_device: torch.device | str | None = None,
+        process_group: Any = None,
         preconditioner: str | Preconditioner | None = None,
         on_failure: str = "hold",
         loggers: str | Logger | Sequence[str | Logger] | None = "auto",
@@ -197,6 +199,7 @@ class CoherenceScheduler(LRScheduler):
             eps_range=eps_range,
             rewind=rewind,
             rewind_device=rewind_device,
+            process_group=process_group,
             preconditioner=preconditioner,
             on_failure=on_failure,
             loggers=loggers,

@@ -119,6 +119,7 @@ class Setting(ABC):
         """Turns the dial and moves every group that can follow; returns what is to be said of it."""
         free = [part for part in parts(ensemble) if not self.accounts[part.index].left]
         if not free:
+            self.dial = replace(self.dial, moved=0.0, before=None)  # no verdict comes any more: nobody waits for it
             return None
         try:
             decays = [(b, age(part.states)) for part in free for b in movable_decays(part.model, part.group)]

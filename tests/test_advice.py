@@ -13,7 +13,7 @@ from test_loggers import play
 from safe_lr import CoherenceGuard
 from safe_lr.accounts import State
 from safe_lr.advice import BIN, ENOUGH, YOUNG, Course, advise
-from safe_lr.decisions import Decision, Summary
+from safe_lr.decisions import Decision, Figures, Summary
 from safe_lr.loggers import JsonlLogger, Records, read_jsonl
 from safe_lr.loggers.facts import summary_of
 from safe_lr.policies import FREE_UPDATES
@@ -163,7 +163,7 @@ def test_the_median_is_right_to_its_bin_and_nothing_grows_with_the_run():
         exact.append(10 ** random.uniform(0.1, 3))
         course.step(step, desired=exact[-1], applied=1.0, cap=1.0, lr_limit=2.0)
     assert course.figures()["pressure"] == pytest.approx(statistics.median(exact), rel=BIN - 1)
-    assert course.pressure_max == pytest.approx(max(exact))
+    assert course.so_far.pressure_max == pytest.approx(max(exact))
     assert len(course.pressures) <= 1 + math.log(1000, BIN)
     assert sum(course.pressures.values()) == 3000
 
@@ -174,16 +174,18 @@ def test_what_an_update_leaves_behind():
     course.step(1, desired=1.0, applied=0.001, cap=0.001, lr_limit=0.01)  # young: that cap says nothing
     course.step(YOUNG, desired=0.5, applied=0.3, cap=0.3, lr_limit=0.2, times=10)
     course.step(YOUNG + 10, desired=0.1, applied=0.1, cap=0.25, lr_limit=0.2)
-    assert course.unprotected_steps == 1 and course.beyond_steps == 10
-    assert (course.lr_desired_low, course.lr_desired_high, course.lr_applied_high) == (0.1, 1.0, 1.0)
-    assert course.cap_low == 0.25 and course.last_capped_step == YOUNG + 9
+    so_far = course.so_far
+    assert so_far.unprotected_steps == 1 and so_far.beyond_steps == 10
+    assert (so_far.lr_desired_low, so_far.lr_desired_high, so_far.lr_applied_high) == (0.1, 1.0, 1.0)
+    assert so_far.cap_low == 0.25 and so_far.last_capped_step == YOUNG + 9
     assert YOUNG == FREE_UPDATES
 
 
 def test_a_zero_lr_is_not_under_pressure():
     course = Course()
     course.step(0, desired=0.0, applied=0.0, cap=1.0, lr_limit=2.0)
-    assert course.pressure_max is None and course.last_capped_step is None and course.figures()["pressure"] is None
+    assert course.so_far.pressure_max is None and course.so_far.last_capped_step is None
+    assert course.figures()["pressure"] is None
 
 
 def bowl(**options):
@@ -300,6 +302,20 @@ def test_a_record_with_little_in_it_is_no_error(tmp_path: Path):
 def test_the_summary_is_plain_in_json():
     told = summary(advice=("a", "b")).to_dict()
     assert told["advice"] == ["a", "b"] and set(told) == set(asdict(summary()))
+
+
+def test_updates_that_were_not_made_are_told():
+    assert said(summary(drops=1), "rewind") == [
+        "1 update was dropped: gradient or loss of the batch was not finite, or far out. Look at the data."
+    ]
+    (drops, rewinds) = said(summary(drops=3, rewinds=2), "rewind")
+    assert drops.startswith("3 updates were dropped") and rewinds.startswith("The run went back 2 times")
+    assert said(summary(), "rewind") == []
+
+
+def test_every_figure_is_declared_once():
+    own = set(Summary.__annotations__)
+    assert not own & set(Figures.__annotations__) and set(Course().figures()) == set(Figures.__annotations__)
 
 
 def test_a_run_that_goes_back_forgets_nothing_of_its_course():

@@ -25,7 +25,7 @@ def test_rows_have_only_the_settings_that_can_change_anything():
     assert list(variants_of(LORA)) == list(betas.VARIANTS)
     assert list(variants_of(TEACHER)) == ["off", "eps"]
     assert list(variants_of(Row("cnn", "sgd"))) == ["off"]
-    assert all(row[1] in TASKS[row[0]].optimizers for row in betas.ROWS)
+    assert len(betas.ROWS) == 9 and {optimizer for _, optimizer in betas.ROWS} == set(betas.FAMILY)
 
 
 def test_off_is_the_run_of_the_other_benchmark_to_the_bit():
@@ -107,6 +107,19 @@ def test_gains_are_paired_and_signed(tmp_path, monkeypatch):
     assert at["low"] == pytest.approx(-0.1) and at["high"] == pytest.approx(-0.1)  # paired: no scatter is left
     assert result["overall"]["eps"]["val"]["all"] == pytest.approx([0.2, 0.2])  # a row counts once
     assert result["overall"]["betas"]["score"]["mean"] == pytest.approx((0.5 - 0.1 - 0.1) / 3)
+
+
+def test_the_default_is_on_where_no_row_is_worse_and_the_sum_better(tmp_path, monkeypatch):
+    def default(tuned, far):
+        def value(cell, variant):
+            factor = {"off": 1.0, "betas": far if cell.lr > 0.5 else tuned}.get(variant, 2.0)
+            return factor * 10.0**cell.seed
+
+        return filled(tmp_path, monkeypatch, value).result()["betas_default"]
+
+    assert default(0.9, 1.0) == {"on": True, "worse": [], "mean": pytest.approx(-0.2 / 3)}
+    assert default(0.5, 1.1)["worse"] == ["lora/adam at 100x"] and not default(0.5, 1.1)["on"]  # better in sum alone
+    assert not default(1.0, 1.0)["on"]
 
 
 def test_a_diverged_run_counts_with_its_first_loss(tmp_path, monkeypatch):

@@ -109,7 +109,9 @@ def plain(value: Any) -> Any:
 
 def told(guard: CoherenceGuard) -> list[Any]:
     """The decisions but for rewinds and wall time."""
-    return [(d.step, d.action, d.lr_after, d.margin, d.cap) for d in guard.history if d.action != "rewind"]
+    return [
+        (d.step, d.action, d.lr_after, d.margin, d.cap) for d in guard.history if d.action not in ("drop", "rewind")
+    ]
 
 
 # ---- a poisoned batch
@@ -122,8 +124,9 @@ def test_after_a_nan_batch_every_optimizer_goes_on_as_if_it_had_never_been(case:
     assert poisoned.final() == clean.final()
     assert told(poisoned.guard) == told(clean.guard)
     assert (poisoned.rewinder.drops, poisoned.rewinder.rewinds) == (1, 0)
+    assert (poisoned.guard.summary().drops, poisoned.guard.summary().rewinds) == (1, 0)
     assert (poisoned.guard.summary().steps, clean.rewinder.drops) == (24, 0)
-    decision = next(d for d in poisoned.guard.history if d.action == "rewind")
+    decision = next(d for d in poisoned.guard.history if d.action == "drop")
     assert decision.step == 17 and "dropped, the batch is to blame: the gradient norm is nan" in decision.reason
 
 
@@ -304,6 +307,7 @@ def test_it_goes_back_to_the_snapshot_and_cuts(case: Case, harm: str) -> None:
     decision = run.guard.last_decision
     assert decision.action == "rewind" and f"back from update 34 to {trouble.back_to}" in decision.reason
     assert cap is not None and decision.cap < cap and decision.margin < state.margin
+    assert (run.guard.summary().drops, run.guard.summary().rewinds) == (0, 1)
     run.run(range(35, 100))
     before, after = (run.sign * sum(losses) for losses in (run.losses[14:34], run.losses[-20:]))
     assert run.rewinder.rewinds == 1 and after < before
@@ -568,7 +572,7 @@ def test_a_healthy_run_is_the_same_with_and_without(case: Case) -> None:
     with_it, without = (Run(case, dropout=0.2, rewind=rewind).run(range(40)) for rewind in (True, False))
     assert with_it.final() == without.final()
     assert told(with_it.guard) == told(without.guard) == told(with_it.guard)
-    assert not [d for d in with_it.guard.history if d.action == "rewind"]
+    assert not [d for d in with_it.guard.history if d.action in ("drop", "rewind")]
 
 
 def test_off_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -724,14 +728,17 @@ def _rank(rank: int, folder: str) -> None:
         run.optimizer.step()
         seen.append((run.rewinder.drops, run.rewinder.rewinds))
     parameters = torch.cat([p.detach().flatten() for p in run.model.parameters()])
-    torch.save((seen, parameters), Path(folder) / f"{rank}.pt")
+    own = [dist.new_group([other]) for other in range(2)][rank]
+    alone = Run(Case(Adam), credit=0, process_group=own).run(range(20), {15: "nan"} if rank == 0 else {})
+    torch.save((seen, parameters, alone.rewinder.drops), Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_all_ranks_decide_together(tmp_path: Path) -> None:
     mp.spawn(_rank, args=(str(tmp_path),), nprocs=2)
-    (seen, first), (others, second) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    (seen, first, alone), (others, second, other) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert (alone, other) == (1, 0)  # a group of its own: no other rank has a say
     assert seen == others and torch.equal(first, second) and torch.isfinite(first).all()
     assert seen[29][0] + 1 == seen[30][0]  # the NaN batch of one rank
     assert seen[39][1] + 1 == seen[40][1] == seen[-1][1]  # the parameters of one rank

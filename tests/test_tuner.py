@@ -309,6 +309,22 @@ def test_one_waits_for_the_verdict_on_the_other() -> None:
     assert [action for action, _ in tuned.later(9.0)] == ["eps"]
 
 
+@pytest.mark.parametrize("taken", ["betas", "eps"])
+def test_the_other_goes_on_where_someone_takes_what_moved_last(taken: str) -> None:
+    tuned = spread(tune_betas=True)
+    (group,) = tuned.optimizer.param_groups
+    assert [action for action, _ in tuned.measure(10.0)] == ["betas"]
+    if taken == "eps":
+        assert [[action for action, _ in tuned.later(9.0)] for _ in range(2)] == [["betas"], ["eps"]]
+    group[taken] = {"betas": (0.8, 0.999), "eps": 1e-7}[taken]  # before the verdict
+    assert ("hold", f"parameter group 0: someone else writes {taken}: they are left alone from now on") in tuned.later(
+        8.0
+    )
+    other = "eps" if taken == "betas" else "betas"
+    actions = [action for gamma in (7.0, 6.0) for action, reason in tuned.later(gamma) if "->" in reason.split(":")[0]]
+    assert other in actions and group[taken] == {"betas": (0.8, 0.999), "eps": 1e-7}[taken]
+
+
 def test_a_tuners_state_goes_on() -> None:
     tuned = spread(tune_betas=True)
     for gamma in range(5):
