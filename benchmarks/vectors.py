@@ -102,23 +102,22 @@ def layouts(quick: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def block_products(matvec: Matvec, v0: Tensor, k: int, *, most: int = 400) -> int:
-    """Products of block Lanczos until k residuals hold."""
+def block(matvec: Matvec, v0: Tensor, k: int, *, most: int = 400) -> tuple[Tensor, int]:
+    """The k largest eigenvalues by block Lanczos, rising, and the products until their residuals hold."""
     generator = torch.Generator().manual_seed(0)
-    block = torch.cat([v0[:, None], torch.randn(len(v0), k - 1, generator=generator)], 1)
-    basis = images = torch.zeros(len(v0), 0)
-    while basis.shape[1] < most:
-        block = torch.linalg.qr(block - basis @ (basis.T @ block))[0]
-        block = torch.linalg.qr(block - basis @ (basis.T @ block))[0]
-        basis = torch.cat([basis, block], 1)
-        images = torch.cat([images, torch.stack([matvec(v) for v in block.T], 1)], 1)
+    new = torch.cat([v0[:, None], torch.randn(len(v0), k - 1, generator=generator, dtype=v0.dtype)], 1)
+    basis = images = v0.new_zeros(len(v0), 0)
+    while True:
+        for _ in range(2):
+            new = torch.linalg.qr(new - basis @ (basis.T @ new))[0]
+        basis = torch.cat([basis, new], 1)
+        images = torch.cat([images, torch.stack([matvec(v) for v in new.T], 1)], 1)
         values, vectors = torch.linalg.eigh((basis.T @ images + images.T @ basis) / 2)
         values, vectors = values[-k:], vectors[:, -k:]
         residuals = torch.linalg.vector_norm(images @ vectors - (basis @ vectors) * values, dim=0)
-        if (residuals <= TO * values.abs()).all():
-            break
-        block = images[:, -k:]
-    return basis.shape[1]
+        if (residuals <= TO * values.abs()).all() or basis.shape[1] >= most:
+            return values, basis.shape[1]
+        new = images[:, -k:]
 
 
 def operators(points: dict[str, Point]) -> Iterator[tuple[str, Point, bool, Matvec, dict[str, Tensor]]]:
@@ -168,9 +167,7 @@ def solves(quick: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         v0 = start_vector(directions["gradient"], 0, directions["gradient"])
         for k in RANKS[:1] if quick else RANKS:
             found_k = several(matvec, v0, k, tol=TO)
-            ranks.append(
-                {**where, "k": k, "one by one": found_k[0].num_matvecs, "block": block_products(matvec, v0, k)}
-            )
+            ranks.append({**where, "k": k, "one by one": found_k[0].num_matvecs, "block": block(matvec, v0, k)[1]})
     return ranks, starts
 
 
