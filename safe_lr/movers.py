@@ -124,14 +124,16 @@ class Mover:
         """
         self._check_state()
         with self._read():
-            root, entries = self._root(grad)
+            root, entries = self._root(grad, self.real_state)
         if not hold and type(self.model).root is Preconditioner.root:  # no eigenvectors, no rehearsal to repeat
-            return (lambda v: self._root(grad)[0](v)), entries.detach()
+            # A step count on a device is fetched once, for every later look at it would wait for the device.
+            near = {k: v.cpu() if isinstance(v, Tensor) and not v.ndim else v for k, v in self.real_state.items()}
+            return (lambda v: self._root(grad, near)[0](v)), entries.detach()
         return root, entries.detach()
 
-    def _root(self, grad: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    def _root(self, grad: Tensor, state: State) -> tuple[Callable[[Tensor], Tensor], Tensor]:
         g = self.model.descent_gradient(self.group, self.values, self.real(grad))
-        return self.model.root(self.group, self.real_state, g, self.values)
+        return self.model.root(self.group, state, g, self.values)
 
     def decay(self) -> tuple[float, float]:
         """L2 and decoupled decay."""
