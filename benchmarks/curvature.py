@@ -542,16 +542,19 @@ def scaling(quick: bool) -> dict[str, Any]:
         point.loss().backward()
         point.optimizer.step()
 
-        def one(point: Point = point) -> float:
+        def one(point: Point = point) -> tuple[float, float]:
             settings = Settings(tol=1e-6, max_matvecs=5, cautious=True)
-            return seconds(lambda: measure_step(_moving(point.optimizer), point.loss, settings))[0]
+            before = os.times().system
+            taken = seconds(lambda: measure_step(_moving(point.optimizer), point.loss, settings))[0]
+            return taken, os.times().system - before
 
         one()
-        taken = [one() for _ in range(3 if size > 3e6 else 7)]
+        taken, kernel = zip(*(one() for _ in range(3 if size > 3e6 else 7)), strict=True)
         unit = statistics.median(seconds(lambda point=point: gradient(point))[0] for _ in range(5))
         rows.append({
             "parameters": sum(p.numel() for p in model.parameters()),
             "seconds": statistics.median(taken),
+            "kernel_seconds": statistics.median(kernel),  # fresh pages, above all
             "gradients": statistics.median(taken) / unit,
         })  # fmt: skip
     logs = np.log([[row["parameters"], row["seconds"]] for row in rows])

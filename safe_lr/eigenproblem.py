@@ -45,6 +45,29 @@ def _is_one(p: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
+class _Entries:
+    """What is kept of one parameter's P: scalars, and a mask where no gradient was met so far."""
+
+    low: Tensor
+    high: Tensor
+    met: Tensor  # the smallest entry that some gradient has met
+    idle: Tensor | None  # where none has
+
+    @staticmethod
+    def of(p: Tensor, floor: float | None, whole: bool) -> _Entries:
+        """Reads P; `floor` is its entry where no gradient was met, `whole` whether P has the parameter's shape."""
+        low, high = p.min(), p.max()
+        if floor is None or not whole:
+            return _Entries(low, high, low, None)
+        idle = p <= torch.tensor(floor, dtype=p.dtype, device=p.device)
+        return _Entries(low, high, p.masked_fill(idle, math.inf).min(), idle)
+
+    def smallest_curved(self, h: Tensor) -> Tensor:
+        """The smallest entry but for the idle ones whose row of H is zero, as the product h shows."""
+        return self.met if self.idle is None else torch.where((self.idle & (h != 0)).any(), self.low, self.met)
+
+
+@dataclass(frozen=True)
 class _Scaling:
     """D^1/2 and the decay, parameter by parameter; None stands for a P of one."""
 
@@ -77,7 +100,8 @@ class Eigenproblem:
         curvature: Gradient and Hessian products.
         tol: Relative residual at which a solve stops.
         max_matvecs: Largest number of products for all solves together.
-        max_basis: Largest number of Krylov vectors kept at a time; None keeps all.
+        max_basis: Largest number of Krylov vectors kept at a time; None keeps all. With a bound, P^-1/2 is not kept
+            either, where it is a diagonal by formula, but made for each use.
         both_ends: Whether the smallest eigenvalue of H is found with its largest.
         cautious: Whether limits come from `upper` instead of `value`.
         seed: Seed of the start vectors.
@@ -116,9 +140,13 @@ class Eigenproblem:
         decays = [m.decay() for m in self.movers]
         self.l2 = [l2 for l2, _ in decays]
         self.decay = [m.share * decoupled for m, (_, decoupled) in zip(self.movers, decays, strict=True)]
-        roots, entries = zip(*(m.root(g) for m, g in zip(self.movers, self.grads, strict=True)), strict=True)
-        self.p: list[Tensor] = list(entries)
-        self.roots: list[Matvec | None] = [None if _is_one(p) else root for root, p in zip(roots, self.p, strict=True)]
+        self.roots: list[Matvec | None] = []
+        self.p: list[_Entries] = []
+        for m, g in zip(self.movers, self.grads, strict=True):
+            root, p = m.root(g, hold=max_basis is None)  # bounded: a vector less, for some passes over it
+            self.roots.append(None if _is_one(p) else root)
+            self.p.append(_Entries.of(p, m.model.floor(m.group, m.real_state), p.shape == m.values.shape))
+            del root, p
         self.sizes = [m.values.numel() for m in self.movers]
         dtype = torch.float32
         for m in self.movers:
@@ -128,7 +156,7 @@ class Eigenproblem:
         self.num_matvecs = 0
         self.checks = int(curvature.again is not None)  # products that each solve ends with
         self.smallest, self.smallest_in_shares = self._smallest_p()
-        self.smallest_curved: float | None = None  # known after the first product, and then P's entries may go
+        self.smallest_curved: float | None = None  # known after the first product
         self.vectors: dict[str, Tensor] = {}
         self.lowest: EigenEstimate | None = None  # H's smallest
 
@@ -309,13 +337,14 @@ class Eigenproblem:
             parts = []
         if self.smallest_curved is None:  # the start vector has a random part everywhere: a zero here is a zero row
             self.smallest_curved, self.p = self._smallest_curved_p(out), []
-        for i, l2 in enumerate(self.l2):
-            h = out[i] if self.sign > 0 else -out[i]
-            out[i] = scaling.of(i, h.add(parts[i], alpha=l2) if l2 else h)
-        flat = self._flat(out)
-        for part, old, d in zip(torch.split(flat, self.sizes), torch.split(v, self.sizes), scaling.decay, strict=True):
-            if d:
-                part.add_(old, alpha=d)
+        flat = torch.empty_like(self.like, memory_format=torch.contiguous_format)
+        pieces = zip(torch.split(flat, self.sizes), torch.split(v, self.sizes), scaling.decay, strict=True)
+        for i, (piece, old, decay) in enumerate(pieces):
+            h = out.pop(0) if self.sign > 0 else out.pop(0).neg()  # freed as it is copied
+            h = scaling.of(i, h.add(parts[i], alpha=self.l2[i]) if self.l2[i] else h)
+            piece.view(h.shape).copy_(h)
+            if decay:
+                piece.add_(old, alpha=decay)
         return flat
 
     def _product(self, parts: list[Tensor], product: Product) -> list[Tensor]:
@@ -331,8 +360,8 @@ class Eigenproblem:
 
     def _smallest_p(self) -> tuple[float, float]:
         """The smallest entry of P, and the smallest entry in units of the group's share of lr_ref."""
-        lowest = torch.stack([p.min().to(self.like) for p in self.p]).tolist()
-        highest = torch.stack([p.max().to(self.like) for p in self.p]).tolist()
+        lowest = torch.stack([p.low.to(self.like) for p in self.p]).tolist()
+        highest = torch.stack([p.high.to(self.like) for p in self.p]).tolist()
         for m, low, high in zip(self.movers, lowest, highest, strict=True):
             if not (low > 0 and math.isfinite(high)):
                 raise MeasurementFailed(
@@ -344,11 +373,6 @@ class Eigenproblem:
 
     def _smallest_curved_p(self, products: Sequence[Tensor]) -> float:
         """The smallest entry of P, without those that no gradient has met and whose row of H is zero."""
-        curved = []
-        for m, p, h in zip(self.movers, self.p, products, strict=True):
-            floor = m.model.floor(m.group, m.real_state)
-            if floor is not None and p.shape == h.shape:
-                p = p.masked_fill((h == 0) & (p <= torch.tensor(floor, dtype=p.dtype, device=p.device)), math.inf)
-            curved.append(p.min().to(self.like))
+        curved = [p.smallest_curved(h).to(self.like) for p, h in zip(self.p, products, strict=True)]
         value = float(torch.stack(curved).min())
         return value if math.isfinite(value) else self.smallest

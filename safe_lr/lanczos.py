@@ -198,7 +198,7 @@ def several(
     same is run from a random vector orthogonal to them, until what it finds lies below the k-th, but for log(n)
     products at least: then, very likely, nothing was missed. If it lies above, it takes its place among them and the
     search goes on. (A block of k vectors finds repeated eigenvalues as well, but took up to twice the products on a
-    network's Hessian.)
+    network's Hessian: docs/performance.md.)
 
     Args:
         matvec: v -> A v on vectors of shape (n,).

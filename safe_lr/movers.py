@@ -117,13 +117,23 @@ class Mover:
         with self._read():
             return self.model.rule(self.group, self.real_state, self.updates)
 
-    def root(self, grad: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-        """P^-1/2 as an operator, and P's entries."""
+    def root(self, grad: Tensor, *, hold: bool = True) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        """P^-1/2 as an operator, and P's entries.
+
+        Without `hold` a diagonal that is a mere formula is made anew at each use of the operator, and dropped after it.
+        """
         self._check_state()
         with self._read():
-            g = self.model.descent_gradient(self.group, self.values, self.real(grad))
-            root, entries = self.model.root(self.group, self.real_state, g, self.values)
-            return root, entries.detach()
+            root, entries = self._root(grad, self.real_state)
+        if not hold and type(self.model).root is Preconditioner.root:  # no eigenvectors, no rehearsal to repeat
+            # A step count on a device is fetched once, for every later look at it would wait for the device.
+            near = {k: v.cpu() if isinstance(v, Tensor) and not v.ndim else v for k, v in self.real_state.items()}
+            return (lambda v: self._root(grad, near)[0](v)), entries.detach()
+        return root, entries.detach()
+
+    def _root(self, grad: Tensor, state: State) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        g = self.model.descent_gradient(self.group, self.values, self.real(grad))
+        return self.model.root(self.group, state, g, self.values)
 
     def decay(self) -> tuple[float, float]:
         """L2 and decoupled decay."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.vectors import TO, block
 from safe_lr.eigenproblem import WARM_MATVECS, WARM_RANDOM
 from safe_lr.lanczos import both_ends, lanczos, quadrature, several, start_vector
 
@@ -252,6 +253,13 @@ def test_repeated_eigenvalues_are_found_as_often_as_they_are_repeated() -> None:
             found = several(diagonal.mul, start_vector(diagonal, seed), 4, seed=seed)
             assert [pair.value for pair in found] == pytest.approx(top, rel=1e-4)
             assert all(pair.converged for pair in found)
+
+
+def test_block_that_several_is_compared_with_finds_the_same_eigenvalues() -> None:
+    matrix = with_spectrum(torch.cat([torch.linspace(0, 1, 60), torch.tensor([3.0, 3.0, 2.0])]))
+    values, products = block(lambda v: matrix @ v, start_vector(matrix[0], 0), 3)
+    assert values.tolist() == pytest.approx([2.0, 3.0, 3.0], rel=TO)
+    assert products < len(matrix)
 
 
 @pytest.mark.parametrize(

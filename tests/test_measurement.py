@@ -279,8 +279,8 @@ def id_of(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-@pytest.mark.parametrize(("optimizer", "most"), [("SGD", 4.0), ("Adam", 5.0)])
-def test_vectors_that_live_at_once(optimizer: str, most: float) -> None:
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+def test_vectors_that_live_at_once(optimizer: str) -> None:
     """Beside parameters, optimizer and the gradient's graph; forty layers, whose own temporaries weigh little."""
     torch.manual_seed(0)
     model = nn.Sequential(*(layer for _ in range(40) for layer in (nn.Linear(100, 100, bias=False), nn.Tanh())))
@@ -297,7 +297,7 @@ def test_vectors_that_live_at_once(optimizer: str, most: float) -> None:
         found = problem.solve("momentum")
     assert found["converged"]
     assert problem.num_matvecs > 4  # it restarted
-    assert counted.peak / (4 * 40 * 100 * 100) <= most + 0.1
+    assert counted.peak / (4 * 40 * 100 * 100) <= 4.1
 
 
 def test_p_min_leaves_out_dead_coordinates_only() -> None:
