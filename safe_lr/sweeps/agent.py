@@ -25,7 +25,8 @@ def work(arguments: Sequence[str]) -> int:
     from wandb.cli.cli import cli
 
     ends: dict[Any, int] = {}
-    poll = wandb_agent.AgentProcess.poll
+    processes: Any = wandb_agent.AgentProcess
+    poll = processes.poll
 
     def noted(process: Any) -> int | None:
         status: int | None = poll(process)
@@ -33,14 +34,14 @@ def work(arguments: Sequence[str]) -> int:
             ends[process] = status
         return status
 
-    wandb_agent.AgentProcess.poll = noted
+    processes.poll = noted
     try:
         cli(["agent", *arguments], prog_name="wandb")
     except SystemExit as end:
         if end.code:
             return end.code if isinstance(end.code, int) else 1
     finally:
-        wandb_agent.AgentProcess.poll = poll
+        processes.poll = poll
     # As W&B counts: a negative status is a run that the sweep has stopped.
     return int(bool(ends) and all(status > 0 for status in ends.values()))
 
