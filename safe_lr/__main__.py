@@ -12,7 +12,8 @@ from safe_lr.commands import COMMANDS
 
 _STATUS = """exit status:
   0  done
-  1  done, and the answer is no: lr beyond its limit (measure), nothing new (watch), no run finished (sweep run)
+  1  done, and the answer is no: lr beyond its limit (measure), nothing new (watch), no run finished (sweep run),
+     every run failed (sweep agent)
   2  something is to be mended: one line on standard error says what
 
 `safe-lr COMMAND --help` has examples."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import weakref
 from collections import deque
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from safe_lr.controller import Controller
 from safe_lr.decider import Decider
 from safe_lr.decisions import Decision, Summary
 from safe_lr.ensemble import Ensemble
+from safe_lr.exits import close_at_exit
 from safe_lr.hooks import around_updates
 from safe_lr.instrument import Instrument
 from safe_lr.loggers import Logger, resolve
@@ -148,7 +150,7 @@ class CoherenceGuard:
         self._observed: list[Closure] | None = None
         self._loss: Tensor | float | None = None
         self._closed = self._counting = False
-        self._log = Broadcast(resolve(loggers, log_path), self._config)
+        self._log = Broadcast(resolve(loggers, log_path), functools.partial(_begun, weakref.ref(self)))
         self._decider = Decider(
             self.ensemble,
             self._controller,
@@ -162,8 +164,11 @@ class CoherenceGuard:
         _neighbours.succeed(self)
         self.rates.read()  # an earlier guard has given the desired lrs back
         handles = around_updates(self.ensemble.members, self)
-        # Once the guard is gone, or the process ends, the optimizer has its own lr and betas and no hook of ours.
-        self._at_exit = weakref.finalize(self, _leave, handles, self.rates, self._tuner)
+        # Once the guard is gone, or the process ends, the optimizer has its own lr and betas and no hook of ours, and
+        # the loggers have been closed.
+        self._at_exit = weakref.finalize(
+            self, _leave, handles, self.rates, self._tuner, self._log, self._controller, os.getpid()
+        )
 
     # ---- what the user calls
 
@@ -368,8 +373,21 @@ class CoherenceGuard:
         }
 
 
-def _leave(handles: Sequence[RemovableHandle], rates: Rates, tuner: Tuner) -> None:
+def _begun(reference: weakref.ref[CoherenceGuard]) -> dict[str, Any]:
+    """The settings, at the first record: from now on there is something to lose at exit."""
+    guard = reference()
+    if guard is None:  # it was dropped before anything happened
+        return {}
+    close_at_exit(guard)
+    return guard._config()
+
+
+def _leave(
+    handles: Sequence[RemovableHandle], rates: Rates, tuner: Tuner, log: Broadcast, controller: Controller, process: int
+) -> None:
     for handle in handles:
         handle.remove()
     rates.give_back()
     tuner.give_back()
+    if log.started and os.getpid() == process:
+        log.close(controller.state.summary().to_dict())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import shutil
@@ -318,9 +319,60 @@ def test_agents_are_wandbs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(subprocess, "run", started)
     assert main(["sweep", "agent", "team/mine/abc", "--count", "2"]) == 0
     command, environment = ran[0]
-    assert command[1:] == ["-m", "wandb", "agent", "--count", "2", "team/mine/abc"]
+    assert command[1:] == ["-m", "safe_lr.sweeps.agent", "--count", "2", "team/mine/abc"]
     assert "WANDB_SERVICE" not in environment
     assert Path(str(shutil.which("python", path=environment["PATH"]))).samefile(sys.executable)
+
+
+@pytest.mark.parametrize(
+    ("ends", "status"),
+    [(["fine"], 0), (["fails", "fine"], 0), (["fails", "fails"], 1), (["is stopped"], 0), ([], 0)],
+)
+def test_an_agent_whose_runs_all_failed_ends_with_1(
+    ends: list[str], status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With W&B's function agent, which catches what a run raises, and with its command, which ends with 0 always."""
+    wandb = pytest.importorskip("wandb")
+    cli = pytest.importorskip("wandb.cli.cli")
+    errors = {"fine": None, "fails": ValueError("no data"), "is stopped": Exception()}
+    left = [errors[end] for end in ends]
+
+    def agent(sweep: str, *, function: Any, count: Any) -> None:
+        for _ in ends:
+            with contextlib.suppress(Exception):
+                function()
+
+    def under_wandb() -> None:
+        if (error := left.pop(0)) is not None:
+            raise error
+
+    monkeypatch.setattr(wandb, "agent", agent)
+    monkeypatch.setattr("safe_lr.sweeps.load_function", lambda target: under_wandb)
+    assert main(["sweep", "agent", "abc", "--function", "any:thing"]) == status
+
+    statuses = {"fine": 0, "fails": 1, "is stopped": -15}
+
+    class Process:
+        def __init__(self, end: str) -> None:
+            self.polls: list[int | None] = [None, statuses[end]]
+
+        def poll(self) -> int | None:
+            return self.polls.pop(0)
+
+    def command(arguments: list[str], *, prog_name: str) -> None:
+        assert arguments == ["agent", "abc"]
+        for process in [Process(end) for end in ends]:
+            process.poll()
+            process.poll()
+        raise SystemExit(0)
+
+    from safe_lr.sweeps.agent import work
+
+    monkeypatch.setattr("wandb.wandb_agent.AgentProcess", Process)
+    monkeypatch.setattr(cli, "cli", command)
+    poll = Process.poll
+    assert work(["abc"]) == status
+    assert Process.poll is poll
 
 
 # ---- demo, help

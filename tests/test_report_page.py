@@ -57,6 +57,7 @@ def test_the_page_shows_without_complaint(
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert browser.run("document.documentElement.scrollWidth") <= width, "only tables may scroll sideways"
     assert browser.run("document.querySelectorAll('polyline').length") >= 4
+    assert browser.run(CLOSEST) >= 12, "blocks of the page touch each other"
     light = browser.run("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", light))) < 3 * 64) == dark
 
@@ -69,6 +70,12 @@ def test_text_has_contrast(browser: Browser, pages: dict[str, Path], name: str, 
     lowest = browser.run(CONTRAST)
     assert lowest[0] >= 4.5, lowest
 
+
+CLOSEST = """(() => {
+  const shown = [...document.querySelectorAll('section[aria-labelledby], figure, details, .story, .tiles')]
+    .map((block) => block.getBoundingClientRect()).filter((box) => box.height).sort((a, b) => a.top - b.top);
+  return Math.min(...shown.slice(1).map((box, i) => box.top - shown[i].bottom));
+})()"""
 
 CONTRAST = """(() => {
   const linear = (v) => v / 255 <= .03928 ? v / 255 / 12.92 : ((v / 255 + .055) / 1.055) ** 2.4;

@@ -216,6 +216,85 @@ def test_a_sweep_of_three_with_the_command_line_agent(server: WandbServer, root:
     check(server, sweep, 3)
 
 
+def hopeless() -> None:
+    """A point that ends by an error at once."""
+    raise ValueError("no data")
+
+
+@pytest.mark.slow
+def test_an_agent_tells_that_every_run_failed(server: WandbServer, root: Path) -> None:
+    """A real agent of each kind: the function's and the command line's."""
+    from safe_lr.__main__ import main
+
+    sweep = wandb.sweep({**SWEEP, "run_cap": 2}, project="p")
+    assert main(["sweep", "agent", f"p/{sweep}", "--count", "2", "--function", "tests.test_wandb_online:hopeless"]) == 1
+    command = ["${env}", sys.executable, "-c", "raise SystemExit(3)"]
+    sweep = wandb.sweep({**SWEEP, "run_cap": 2, "command": command}, project="p")
+    wandb.teardown()
+    assert main(["sweep", "agent", f"p/{sweep}", "--count", "2"]) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:W&B attach failed:RuntimeWarning")
+def test_an_unsafe_point_is_pruned_and_its_run_ends_normally(server: WandbServer, tmp_path: Path) -> None:
+    from safe_lr.sweeps import prune
+
+    run = quiet(tags=["mine"])
+    training = Training(log_path=tmp_path / "run.jsonl")
+    training.optimizer.param_groups[0]["lr"] = 1e4
+    reason, steps = None, 0
+    while reason is None and steps < 100:
+        training.step()
+        run.log({"loss": 1.0})
+        steps += 1
+        reason = prune(run, training.scheduler)
+    assert reason is not None and "times the cap" in reason
+    found = server.run(run.id)
+    assert found.state == "finished"
+    assert found.tags == ["mine", "safe_lr-unsafe"]
+    assert (found.summary["safe_lr_pruned"], found.summary["safe_lr_pruned_step"]) == (reason, steps)
+    assert found.summary["safe_lr_summary"]["steps"] == steps
+    assert any(item["input"]["artifactTypeName"] == "safe_lr_decisions" for item in server.artifacts.values())
+    assert sum("loss" in row for row in found.history) == steps
+    assert wandb.run is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["", "raise ValueError('a bug of mine')", "sys.exit(3)"])
+def test_a_script_that_never_closes_loses_nothing(end: str, server: WandbServer, root: Path, tmp_path: Path) -> None:
+    """It ends in order, by an error of its own, or by exit: record, board and run are whole all the same."""
+    script = f"""if True:
+        import sys, wandb
+        from benchmarks.logging import Training
+        from safe_lr import TensorBoardLogger
+        run = wandb.init(project="p", id="left-open", settings=wandb.Settings(disable_git=True, x_disable_stats=True))
+        def train():
+            training = Training(loggers=["wandb", TensorBoardLogger({str(tmp_path / "board")!r})], log_path="run.jsonl")
+            for step in range(15):
+                training.step()
+                run.log({{"loss": 1.0}}, step=step)
+            {end or "globals().update(kept=training)"}
+        train()
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == {"": 0, "sys.exit(3)": 3}.get(end, 1), done.stderr
+    record = read_jsonl(tmp_path / "run.jsonl")
+    assert record.summary is not None and record.rows[-1]["step"] == 14
+    found = server.run("left-open")
+    assert found.state == ("failed" if end else "finished")
+    assert found.summary["safe_lr_summary"] == {**record.summary, "decisions": len(record.decisions)}
+    assert any(item["input"]["artifactTypeName"] == "safe_lr_decisions" for item in server.artifacts.values())
+    assert sum("loss" in row for row in found.history) == 15
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    board = events.EventAccumulator(str(tmp_path / "board"))
+    board.Reload()
+    assert board.Scalars("safe_lr/lr")[-1].step == 14
+
+
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A run without W&B."""

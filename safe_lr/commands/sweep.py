@@ -212,17 +212,36 @@ def _agent(args: argparse.Namespace) -> int:
 
 
 def _work(sweep: str, function: Callable[..., Any] | None, count: int | None) -> int:
+    """Works as an agent; the status is 1 where runs were made and all of them failed."""
     with _wandb_errors():
         import wandb
 
         if function is not None:
-            wandb.agent(sweep, function=function, count=count)
-            return 0
-    command = [sys.executable, "-m", "wandb", "agent", *(["--count", str(count)] if count else []), sweep]
+            failed: list[bool] = []
+            wandb.agent(sweep, function=_noted(function, failed), count=count)
+            return NEGATIVE if failed and all(failed) else 0
+    # W&B's own command ends with 0 whatever became of the runs.
+    command = [sys.executable, "-m", "safe_lr.sweeps.agent", *(["--count", str(count)] if count else []), sweep]
     environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     # The agent starts the program by `python`: that is to be this one, also where its environment is not activated.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
     return NEGATIVE if subprocess.run(command, env=environment, check=False).returncode else 0
+
+
+def _noted(function: Callable[[], Any], failed: list[bool]) -> Callable[[], Any]:
+    """Calls the function, and notes whether it failed; being stopped by the sweep is no failure."""
+    from safe_lr.loggers import is_stop_request
+
+    def call() -> Any:
+        try:
+            returned = function()
+        except BaseException as error:
+            failed.append(not is_stop_request(error))
+            raise
+        failed.append(False)
+        return returned
+
+    return call
 
 
 @contextlib.contextmanager

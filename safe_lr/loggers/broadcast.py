@@ -25,7 +25,7 @@ class Broadcast:
     def __init__(self, loggers: Sequence[Logger], config: Callable[[], Mapping[str, Any]]) -> None:
         self._loggers = list(loggers)
         self._config = config
-        self._started = False
+        self.started = False
 
     def __bool__(self) -> bool:
         return bool(self._loggers)
@@ -41,8 +41,8 @@ class Broadcast:
         self._loggers = []
 
     def _tell(self, say: Callable[[Logger], None]) -> None:
-        if not self._started:
-            self._started = True
+        if not self.started:
+            self.started = True
             config = self._config()
             self._tell(lambda logger: logger.start(config))
         self._loggers = [logger for logger in self._loggers if self._heard(logger, say)]

@@ -13,8 +13,8 @@ class Logger(Protocol):
     """Receives a run's settings, its decisions and one row of scalars a step.
 
     The scheduler calls `start` once, before the first record; `decide` at each decision; `step` once per optimizer
-    update; `close` once, at the end (`scheduler.close()`, or interpreter exit). A logger may raise: the scheduler
-    switches it off with one warning and training goes on.
+    update; `close` once, at the end (`scheduler.close()`, else when the scheduler is dropped or the interpreter exits).
+    A logger may raise: the scheduler switches it off with one warning and training goes on.
     """
 
     def start(self, config: Mapping[str, Any]) -> None:
