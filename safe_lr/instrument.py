@@ -97,6 +97,7 @@ class Instrument:
             warm=self.vectors if self.warm_start else None,
             try_lr=try_lr,
             check=check,
+            last_hvp=state.hvp,
         )
         if len(self.ensemble.members) > 1 and (found.gradient_ratio or 0.0) > SCALED:
             ratio = f"the gradients are {found.gradient_ratio:.3g} times those of the closure"
@@ -128,11 +129,12 @@ class Instrument:
         return int(min(room / product, self.settings.max_matvecs))
 
     def _settings_now(self, products: int, state: State) -> Settings:
-        """The settings, with what the budget allows, and with the way of making products that worked last time."""
-        hvp = self._hvp(state)
-        return replace(self.settings, hvp=hvp, max_matvecs=max(least_matvecs(self.settings.bound, hvp), products))
+        """The settings, with what the budget allows."""
+        least = least_matvecs(self.settings.bound, self._hvp(state))
+        return replace(self.settings, max_matvecs=max(least, products))
 
     def _hvp(self, state: State) -> str:
+        """How products will be made, as far as that is known."""
         if self.settings.hvp == "auto" and state.hvp == "finite-difference":
-            return state.hvp  # the other ways were tried, and cost a graph each
+            return state.hvp
         return self.settings.hvp

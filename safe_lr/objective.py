@@ -19,6 +19,7 @@ from safe_lr.operators import (
     fisher,
     gauss_newton,
     lean_hessian,
+    refuse_fused,
     sampled_losses,
 )
 
@@ -78,16 +79,17 @@ class Objective:
         again = self.loss()
         return abs(again - loss) <= 1e-5 * max(abs(loss), abs(again), 1e-30)
 
-    def curvature(self, params: Sequence[Tensor], hvp: str) -> Curvature:
+    def curvature(self, params: Sequence[Tensor], hvp: str, *, fused: bool = True) -> Curvature:
         """Returns the curvature, its products made as `hvp` says.
 
         Args:
             params: Leaf tensors.
             hvp: `exact` (a retained graph), `lean` (rebuilt), `finite-difference` (central) or `one-sided`; all but the
                 Hessian are exact or lean.
+            fused: Whether exact and lean products may go through a fused kernel, which takes their time.
 
         Raises:
-            NoSecondDerivative: The graph cannot be differentiated twice.
+            NoSecondDerivative: The graph cannot be differentiated twice, or `Fused` says that it should not be.
             ClosureError: A closure broke its contract.
         """
         if hvp in DIFFERENCES:
@@ -98,14 +100,15 @@ class Objective:
                 [finite_difference_hessian(self._again(c), params, one_sided=one_sided) for c in self.closures]
             )
         if len(self.closures) == 1 and hvp == "exact":
-            return self._exact(self.closures[0], params, 0)
-        return _mean([self._lean(c, params, k) for k, c in enumerate(self.closures)])
+            return self._exact(self.closures[0], params, 0, fused=fused)
+        return _mean([self._lean(c, params, k, fused=fused) for k, c in enumerate(self.closures)])
 
-    def _exact(self, closure: Closure, params: Sequence[Tensor], index: int) -> Curvature:
+    def _exact(self, closure: Closure, params: Sequence[Tensor], index: int, *, fused: bool = True) -> Curvature:
         returned = self.untouched.call(closure)
         try:
             if self.kind == "hessian":
-                return exact_hessian(as_loss(returned), params)
+                loss = as_loss(returned)
+                return exact_hessian(loss if fused else refuse_fused(loss), params)
             if self.kind == "empirical-fisher":
                 losses = _per_example(returned)
                 return fisher(losses, params, losses.mean())
@@ -123,9 +126,10 @@ class Objective:
                 "lambda: criterion(model(x), y)"
             ) from error
 
-    def _lean(self, closure: Closure, params: Sequence[Tensor], index: int) -> Curvature:
+    def _lean(self, closure: Closure, params: Sequence[Tensor], index: int, *, fused: bool) -> Curvature:
         if self.kind == "hessian":
-            return lean_hessian(self._again(closure), params)
+            again = self._again(closure)
+            return lean_hessian(again if fused else lambda: refuse_fused(again()), params)
         first = self._exact(closure, params, index)
         value, gradient, used = first.loss, first.gradient, first.used
         del first

@@ -25,8 +25,17 @@ DIFFERENCES = ("finite-difference", "one-sided")
 CURVATURES = ("hessian", "gauss-newton", "fisher", "empirical-fisher")
 
 
+FUSED = frozenset({"MkldnnRnnLayerBackward0"})
+"""Nodes of kernels that are fused up to the first derivative alone. Through oneDNN's LSTM (torch's on the CPU) the
+graph takes 2-4 gradients and a product 4-7, a central difference 2."""
+
+
 class NoSecondDerivative(RuntimeError):
     """The graph cannot be differentiated twice."""
+
+
+class Fused(NoSecondDerivative):
+    """The graph can be differentiated twice, but at several times the cost of differences."""
 
 
 @dataclass(frozen=True)
@@ -329,6 +338,13 @@ def _backward(loss: Tensor, params: Sequence[Tensor]) -> list[Tensor | None]:
 def _hides_parameters(loss: Tensor) -> bool:
     """Whether a reentrant checkpoint lies in the graph: `autograd.grad` takes the parameters inside for unused."""
     return "CheckpointFunctionBackward" in _nodes(loss)
+
+
+def refuse_fused(loss: Tensor) -> Tensor:
+    """Returns the loss; raises `Fused` where a kernel of FUSED lies in its graph."""
+    if fused := FUSED & _nodes(loss):
+        raise Fused(f"{', '.join(sorted(fused))} is slow to differentiate twice")
+    return loss
 
 
 def _nodes(*tensors: Tensor) -> set[str]:

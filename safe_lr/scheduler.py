@@ -62,7 +62,8 @@ class CoherenceScheduler(LRScheduler):
         hvp: How Hessian products are made: `exact` (double backward on one retained graph), `lean` (the graph built
             anew for each), `finite-difference` (central), `one-sided` (differences at one gradient a product instead of
             two, right to a hundredth; on request only), or `auto`: exact, lean where memory runs out, central
-            differences where nothing else works.
+            differences where nothing else works, or through the CPU's fused LSTM, whose second derivative takes three
+            times as long (exact ones then, should differences fail their check).
         probe: A fixed closure, or several, to measure on instead of the observed batches: warm starts then pay.
         tol: Relative residual at which the eigen-solver stops. Limits use `value + residual`.
         warm_start: Start from the last eigenvector, which then is part of `state_dict`.

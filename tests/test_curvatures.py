@@ -538,3 +538,97 @@ def test_a_run_on_differences_is_protected_within_its_budget(hvp: str, several: 
     assert sum(float(part().detach()) for part in parts) < first
     assert guard.last_measurement is not None and guard.last_measurement.hvp == hvp
     assert any(f"products by {'one-sided ' * (hvp == 'one-sided')}finite" in d.reason for d in guard.history)
+
+
+class Recurrent(nn.Module):
+    """An LSTM and a head, with kinks between them or without."""
+
+    def __init__(self, *, kinks: bool = False) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(4, 8, batch_first=True), nn.Linear(64, 3)
+        self.between = nn.Sequential(nn.Linear(8, 64), nn.ReLU() if kinks else nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.head(self.between(self.lstm(x)[0][:, -1]))
+        return made
+
+
+def recurrent(*, kinks: bool = False) -> tuple[Recurrent, torch.optim.Optimizer, Callable[[], Tensor], float]:
+    """The net (of large weights: kinks are then many), an optimizer, the loss, lambda_max in float64."""
+    torch.manual_seed(0)
+    model, exact = Recurrent(kinks=kinks), Recurrent(kinks=kinks).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(2)
+    exact.load_state_dict(model.state_dict())
+    x, y = torch.randn(16, 6, 4), torch.randint(0, 3, (16,))
+    truth = safe_lr.measure(
+        torch.optim.SGD(exact.parameters()), lambda: F.cross_entropy(exact(x.double()), y), hvp="exact", tol=1e-6
+    )
+    assert truth.lambda_max is not None
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return model, optimizer, lambda: F.cross_entropy(model(x), y), truth.lambda_max
+
+
+fused_lstm = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+
+
+@fused_lstm
+@pytest.mark.parametrize("several", [False, True])
+def test_auto_takes_differences_through_a_fused_lstm(several: bool) -> None:
+    _, optimizer, loss, truth = recurrent()
+    found = safe_lr.measure(optimizer, [loss, loss] if several else loss, tol=0.01)
+    assert (found.failure, found.hvp) == (None, "finite-difference")
+    assert found.lambda_max == pytest.approx(truth, rel=0.01)
+    assert found.cost == pytest.approx(1 / 3 + 1 + 2 * found.num_matvecs)  # a forward pass finds out
+
+
+@fused_lstm
+@pytest.mark.parametrize(
+    ("options", "hvp"),
+    [({}, "exact"), ({"hvp": "exact", "tol": 0.1}, "exact"), ({"tol": 0.1, "max_matvecs": 7}, "exact")],
+    ids=["finer than differences are right", "asked for", "no room for both"],
+)
+def test_exact_products_go_through_a_fused_lstm_where(options: dict[str, Any], hvp: str) -> None:
+    _, optimizer, loss, truth = recurrent()
+    found = safe_lr.measure(optimizer, loss, **options)
+    assert (found.failure, found.hvp) == (None, hvp)
+    assert found.lambda_max == pytest.approx(truth, rel=0.1 if options else 1e-3)
+    assert found.cost == 1 + 2 * found.num_matvecs
+
+
+@fused_lstm
+def test_auto_goes_back_to_exact_products_where_differences_fail() -> None:
+    """And stays with them: the second measurement makes none by differences."""
+    model, optimizer, loss, truth = recurrent(kinks=True)
+    assert "kinks" in (safe_lr.measure(optimizer, loss, hvp="finite-difference", tol=0.1).failure or "")
+    guard = CoherenceGuard(optimizer, loggers=None)
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss().backward()
+        guard.observe(loss)
+        optimizer.step()
+    first, second = (d for d in guard.history if d.num_matvecs)
+    assert guard.summary().failures == 0
+    assert first.gamma == pytest.approx(truth, rel=0.1)
+    assert first.num_matvecs > 2 * second.num_matvecs
+    assert not any("finite differences" in d.reason for d in guard.history)
+    assert first.cost < 8 / 3 + 2 + 2 * first.num_matvecs
+
+
+@fused_lstm
+def test_differences_that_worked_come_first_until_they_fail() -> None:
+    model, optimizer, loss, _ = recurrent()
+    guard, start = CoherenceGuard(optimizer, loggers=None), {k: v.clone() for k, v in model.state_dict().items()}
+    for _ in range(5):
+        if guard.due:
+            model.load_state_dict(start)
+            model.between[1] = nn.ReLU() if guard.history else nn.Tanh()
+        optimizer.zero_grad()
+        loss().backward()
+        guard.observe(loss)
+        optimizer.step()
+    first, second = (d for d in guard.history if d.num_matvecs)
+    assert "finite differences" in first.reason and "finite differences" not in second.reason
+    assert guard.last_measurement is not None and guard.last_measurement.hvp == "exact"
+    assert 2 + 2 * second.num_matvecs <= second.cost < 4 + 2 * second.num_matvecs  # a graph each, and trials
