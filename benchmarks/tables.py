@@ -1,0 +1,187 @@
+"""The tables of the docs, written from the committed JSON.
+
+    python -m benchmarks.tables [--check]
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`, in README.md or docs/*.md; what is between is replaced.
+`--check` changes nothing and ends with 1 where a table is not what its JSON says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.lr_robustness import ABOVE, VARIANTS, percent
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns a table in Markdown.
+
+    Example:
+        >>> print(markdown(["a", "b"], [["1", "2"]]))
+        | a | b |
+        | --- | --- |
+        | 1 | 2 |
+    """
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [titles, ["---"] * len(titles), *rows])
+
+
+def between(found: dict[str, Any]) -> str:
+    """Returns a mean gap with its interval."""
+    if found["low"] is None:
+        return percent(found["mean"])
+    return f"{percent(found['mean'])} ({percent(found['low'])} to {percent(found['high'])})"
+
+
+def gaps(result: dict[str, Any]) -> str:
+    """The default at every lr; where the highest three differ, their range."""
+    rows = []
+    for row in result["rows"]:
+        safe, bare = row["safe_lr"]["default"], row["unprotected"]
+        top = sorted({safe[str(k)]["mean"] for k in ABOVE[2:]})
+        high = percent(top[0]) if percent(top[0]) == percent(top[-1]) else f"{percent(top[0])} to {percent(top[-1])}"
+        rows.append(
+            [
+                row["row"],
+                f"{row['tuned_lr']:g}",
+                f"{row['tuned_loss']:.4g}",
+                between(safe["0"]),
+                between(safe["2"]),
+                high,
+                percent(bare["2"]),
+                percent(bare["4"]),
+            ]
+        )
+    titles = ["row", "tuned lr", "loss", "1x", "10x", "100x to 10,000x", "bare 10x", "bare 100x"]
+    return markdown(titles, rows)
+
+
+def beside(result: dict[str, Any]) -> str:
+    """What people use instead."""
+    rows = []
+    for row in result["rows"]:
+        others = row["baselines"]
+        rows.append(
+            [
+                row["row"],
+                percent(row["safe_lr"]["default"]["4"]["mean"]),
+                percent(row["follow_limit"]["mean"]),
+                percent(row["cosine at 10x"]["mean"]),
+                *(
+                    percent(others[n]["mean"])
+                    for n in ("warm-up + cosine", "prodigy", "schedule-free", "torch-lr-finder")
+                ),
+            ]
+        )
+    titles = ["row", "safe_lr at 100x", "no lr (`follow_limit`)", "cosine at 10x its lr", "warm-up + cosine", "Prodigy",
+              "schedule-free AdamW", "torch-lr-finder"]  # fmt: skip
+    return markdown(titles, rows)
+
+
+def settings(result: dict[str, Any]) -> str:
+    """Every setting, on one seed."""
+    rows = [
+        [
+            f"`{name}`" if name in VARIANTS else name,
+            *(percent(at[k][s]) for k in ("0", "4") for s in ("median", "worst")),
+        ]
+        for name, at in result["variants"].items()
+    ]
+    return markdown(["", "at the tuned lr: median", "worst", "at 100x: median", "worst"], rows)
+
+
+BRIEFLY = {
+    "default": "default",
+    "margin_max=1": "`margin_max=1`",
+    "coherence": '`bound="coherence", margin=1`',
+    "lemma1": '`bound="lemma1", margin=1`',
+    "nothing": "nothing",
+}
+
+
+def briefly(result: dict[str, Any]) -> str:
+    """The default as means over all seeds, some other settings on one."""
+    rows = []
+    for name, shown in BRIEFLY.items():
+        figures = {k: result["variants"][name][k] for k in ("0", "4")}
+        if name == "default":
+            means = {k: [row["safe_lr"][name][k]["mean"] for row in result["rows"]] for k in figures}
+            figures = {k: {"median": statistics.median(of), "worst": max(of)} for k, of in means.items()}
+        rows.append([shown, *(percent(figures[k][s]) for k in figures for s in ("median", "worst"))])
+    return markdown(["", "at the tuned lr: median", "worst", "at 100 times it: median", "worst"], rows)
+
+
+def curve(result: dict[str, Any]) -> str:
+    """The gap that each budget leaves."""
+    rows = [
+        [f"{point['credit']:g}", f"{point['overhead']:.1%}", percent(point["median"]), percent(point["worst"])]
+        for point in result["gap_against_overhead"]
+    ]
+    return markdown(["`credit`", "gradient evaluations on measuring, a step", "median gap at 100x", "worst"], rows)
+
+
+def demo(result: dict[str, Any]) -> str:
+    """Medians and ranges of the demo over seeds."""
+
+    def figures(run: str, key: str, form: str) -> tuple[str, str]:
+        values = sorted(row[f"{run}_{key}"] for row in result["seeds"])
+        middle = values[len(values) // 2]
+        return format(middle, form), f"{format(values[0], form)} to {format(values[-1], form)}"
+
+    rows = []
+    for run in ("tuned", "unprotected", "protected"):
+        loss, losses = figures(run, "val_loss", ".3f")
+        accuracy, accuracies = figures(run, "val_accuracy", ".1%")
+        lr = "0.01" if run == "tuned" else "1"
+        rows.append([run, lr, f"{loss} ({losses})", f"{accuracy} ({accuracies})", figures(run, "peak_loss", ".3g")[0]])
+    return markdown(["run", "lr", "validation loss", "accuracy", "peak loss"], rows)
+
+
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "gaps": ("lr_robustness.json", gaps),
+    "beside": ("lr_robustness.json", beside),
+    "settings": ("lr_robustness.json", settings),
+    "briefly": ("lr_robustness.json", briefly),
+    "budgets": ("lr_robustness.json", curve),
+    "demo": ("demo.json", demo),
+}
+"""Name: JSON, and what makes a table of it."""
+
+
+def written(page: str, results: Path = RESULTS) -> str:
+    """Returns a page with its marked tables made anew."""
+
+    def made(match: re.Match[str]) -> str:
+        name, make = TABLES[match["name"]]
+        return f"{match[1]}{make(json.loads((results / name).read_text()))}\n{match[3]}"
+
+    return MARKED.sub(made, page)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="The tables of the docs, from the committed JSON.")
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; 1 where a table is not what its JSON says"
+    )
+    args = parser.parse_args()
+    stale = [page for page in PAGES if written(page.read_text()) != page.read_text()]
+    for page in stale:
+        print(f"{page.relative_to(ROOT)}: {'stale' if args.check else 'written'}")
+        if not args.check:
+            page.write_text(written(page.read_text()))
+    return int(args.check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
