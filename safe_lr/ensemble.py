@@ -139,8 +139,8 @@ def _norm(grads: list[Tensor]) -> Tensor:
     if len(kinds) > 1 or type(grads[0]) is not Tensor:
         return get_total_norm(grads)
     with torch.no_grad():
-        norms = torch._foreach_norm(grads)
-        return torch.linalg.vector_norm(torch.stack(norms))
+        total: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        return total
 
 
 def _model(optimizer: Optimizer, preconditioner: str | Preconditioner | None) -> Preconditioner:
