@@ -2,7 +2,7 @@
 
     python -m benchmarks.tables [--check]
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`, in README.md or docs/*.md; what is between is replaced.
+What stands between `<!-- table: NAME -->` and `<!-- end -->`, in README.md or docs/*.md, is replaced.
 `--check` changes nothing and ends with 1 where a table is not what its JSON says.
 """
 

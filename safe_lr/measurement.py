@@ -30,8 +30,8 @@ COST_OF_ONE_SIDED_PRODUCT = 1.0
 COST_OF_LOSS = 1 / 3
 
 DIFFERENCES_TOL = 0.01
-"""From this tolerance on "auto" makes products through a fused LSTM by central differences: of twelve measurements
-they had the limit right to half a percent and lambda_max to 2 %, in a third of the time."""
+"""From this tolerance on "auto" makes products through a fused LSTM by central differences. In eleven measurements the
+limit was within half a percent of that by exact products, lambda_max within 2.1 %, 2.4 to 3.6 times as fast."""
 
 NOT_DETERMINISTIC = (
     "the closure gave two losses for one random state: it draws from a stream of its own, or changes what it reads"

@@ -97,18 +97,22 @@ class Rates:
 
     def present(self) -> list[float]:
         """Returns the desired lrs as they stand now: someone else's write wins, what we wrote does not count."""
-        known = len(self.desired)
-        return [
-            self.desired[i] if i < known and self._written[i] is not None and lr == self._written[i] else lr
-            for i, lr in enumerate(self.applied)
-        ]
+        return self._present(self.applied)
 
     def read(self) -> None:
         """Takes over lrs that someone else wrote, and groups that were added."""
-        present = self.present()
+        applied = self.applied
+        present = self._present(applied)
         self._written += [None] * (len(present) - len(self._written))
-        self._written = [w if w == lr else None for w, lr in zip(self._written, self.applied, strict=True)]
+        self._written = [w if w == lr else None for w, lr in zip(self._written, applied, strict=True)]
         self.desired = present
+
+    def _present(self, applied: list[float]) -> list[float]:
+        known = len(self.desired)
+        return [
+            self.desired[i] if i < known and self._written[i] is not None and lr == self._written[i] else lr
+            for i, lr in enumerate(applied)
+        ]
 
     def give_back(self) -> None:
         """Puts the desired lr back wherever a group still holds what we wrote."""

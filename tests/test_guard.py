@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 
 from safe_lr import CoherenceGuard, CoherenceScheduler, Decision
+from safe_lr.ensemble import Ensemble
 from safe_lr.policies import FREE_UPDATES, MARGIN_MIN, MARGIN_YOUNG, MULTIPLE_START
 from tests.cases import Case
 
@@ -1018,3 +1019,13 @@ def test_optimizers_that_do_not_go_together_are_refused(optimizers: Any, message
         CoherenceGuard(optimizers(a, b), loggers=None)
     with pytest.raises(TypeError, match=r"CoherenceGuard\(\[a, b\]\)"):
         CoherenceScheduler([SGD([a], lr=1.0), SGD([b], lr=1.0)], loggers=None)
+
+
+@pytest.mark.parametrize("dtypes", [[torch.float32] * 3, [torch.float32, torch.float64, torch.float32]])
+def test_the_gradient_norm_is_torchs_to_the_bit(dtypes: list[torch.dtype]) -> None:
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.zeros(n, 7, dtype=d)) for n, d in zip((3, 50, 1), dtypes, strict=True)]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    expected = float(nn.utils.get_total_norm([p.grad for p in params]))
+    assert Ensemble(SGD(params)).gradient_norm() == expected
