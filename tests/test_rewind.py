@@ -22,6 +22,7 @@ from safe_lr import CoherenceGuard, CoherenceScheduler, RewindsExhausted
 from safe_lr.accounts import State
 from safe_lr.controller import Controller
 from safe_lr.ensemble import Ensemble
+from safe_lr.measurement import Measurement
 from safe_lr.policies import NormTrend, Policy
 from safe_lr.rewind import DROPS, EVERY, MOST, Losses, Signs, Trouble, judge, outlying
 from safe_lr.rewinder import Rewinder
@@ -562,6 +563,36 @@ def test_multiple_and_cap_are_cut_below_the_step_that_did_harm(wanted: float, us
     fixed.state = replace(state, multiple=2.0, margin=0.5)
     fixed.go_back(replace(earlier, margin=0.5).state_dict(), wanted)
     assert (fixed.state.margin, fixed.state.cap) == (0.5, pytest.approx(used / 1.5))
+
+
+def test_after_going_back_room_raises_nothing_for_a_while() -> None:
+    """The trial steps of the measurement that is due at once look as they did before the step that did harm."""
+    control = Controller(Policy(), least_cost=8.0)
+    state = replace(control.state, updates=100, share=0.5, multiple=3.0, margin=1.5, cap=1.5, gap=40)
+    control.state = replace(state, figures={"lr_limit": 1.0}, flips=[2.0])
+    control.go_back(control.state.state_dict(), wanted=9.0)
+    assert control.state.multiple == pytest.approx(2.0)
+
+    def measured() -> tuple[Any, float]:
+        planned = control.planned(1.0, 9.0)
+        found = Measurement(lr_limit=1.0, loss=1.0, trial_loss=0.5, trial_lr=8.1 * planned)
+        return control.settle(found, lr_ref=9.0, jump=None)[0], control.state.multiple
+
+    assert measured() == ("fine", pytest.approx(2.0))
+    control.restore(State.from_state_dict(control.state.state_dict()))  # a resumed run is as calm
+    control.state.updates = 139
+    assert measured() == ("fine", pytest.approx(2.0))
+    control.state.updates = 140
+    assert measured() == ("roomy", pytest.approx(3.0))
+
+
+def test_going_back_at_an_lr_of_zero_leaves_a_cap_that_can_rise() -> None:
+    """A schedule that touches 0: an earlier step did the harm. A cap of 0 would stay 0 for good."""
+    control = Controller(Policy(), least_cost=8.0)
+    control.state = replace(control.state, updates=100, share=0.5, cap=0.4, figures={"lr_limit": 1.0})
+    control.go_back(control.state.state_dict(), wanted=0.0)
+    assert control.state.cap == 0.4 and control.state.margin == pytest.approx(2.0 / 1.5 * 0.5)
+    assert control.cap_under(1.0) > 0
 
 
 # ---- when nothing is wrong, and when it is off
