@@ -162,7 +162,7 @@ class Course:
     @classmethod
     def from_state_dict(cls, saved: dict[str, Any]) -> Course:
         """Restores `asdict(course)`; what is missing there is new."""
-        return cls(Figures(**saved.get("so_far", {})), dict(saved.get("pressures", {})))
+        return cls(Figures(**saved.get("so_far", {})), {int(k): n for k, n in saved.get("pressures", {}).items()})
 
     def _median(self) -> float | None:
         """The median of desired / applied over the capped updates."""

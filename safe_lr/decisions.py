@@ -40,8 +40,8 @@ class Decision:
         beta2: Second-moment decay of the group, None where the optimizer has none.
         cap: Largest lr that is allowed now, in units of the group's lr. None before the first measurement.
         lr_limit: Largest stable lr under the chosen bound: what `margin` is a margin of. With a learned margin the
-            median of the last three (the newest alone in a young run, or where a trial step bears out a lower one), else
-            as measured.
+            median of the last three (the newest alone in a young run, or where a trial step bears out a lower one),
+            else as measured.
         limits: The limit under each bound as measured: `lemma1`, `coherence`, `momentum`.
         lambda_max: Largest algebraic eigenvalue of the Hessian; None at measurements that did not solve for it.
         gamma: Coherence, the largest eigenvalue of P^-1/2 H P^-1/2.

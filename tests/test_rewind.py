@@ -180,6 +180,29 @@ def test_a_buffer_that_the_user_writes_survives_a_drop() -> None:
     assert torch.isfinite(run.model[1].running_mean).all()
 
 
+def test_looking_closer_leaves_the_buffers_of_a_model_that_is_not_looked_at() -> None:
+    """Two models in turns: the snapshot holds the buffers of one, the batch that looks wrong is the other's."""
+    torch.manual_seed(0)
+    one, other = (nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)) for _ in range(2))
+    optimizer = Adam([*one.parameters(), *other.parameters()], lr=1e-3)
+    guard = CoherenceGuard(optimizer, rewind=True, loggers=None, credit=0)
+
+    def step(model: nn.Module, scale: float = 1.0) -> None:
+        x = torch.randn(16, 3)
+        optimizer.zero_grad()
+        loss = scale * model(x).square().mean()
+        loss.backward()
+        guard.observe(lambda: scale * model(x).square().mean(), loss=loss)
+        optimizer.step()
+
+    for _ in range(EVERY + 3):
+        step(one)
+    before = {name: value.clone() for name, value in one.named_buffers()}
+    step(other, 9.0)
+    assert [d.action for d in guard.history] == ["drop"]
+    assert all(torch.equal(value, before[name]) for name, value in one.named_buffers())
+
+
 def test_outliers_that_stay_are_what_is_usual_now() -> None:
     """After DROPS drops in a row updates are made: a loss that is in other units from now on must not end training."""
     run = Run(Case(SGD), lr=1e-6).run(range(40), dict.fromkeys(range(25, 40), "scaled"))
@@ -451,6 +474,9 @@ def test_when_nothing_helps_it_says_what_was_tried(most: int) -> None:
         run.run(range(15, 99), dict.fromkeys(range(15, 99), "nan"))
     tries = caught.value.tries
     assert [t.action for t in tries] == ["drop"] * DROPS + ["rewind"] * (allowed + 1)
+    assert [(d.action, d.reason) for d in run.guard.history][-len(tries) :] == [(t.action, t.reason) for t in tries]
+    assert run.guard.summary().rewinds == run.rewinder.rewinds == allowed + 1  # the last one was made too
+    assert run.optimizer.param_groups[0]["lr"] == 0.02
     assert all(t.step == 15 and math.isnan(t.norm) and t.lr > 0 for t in tries)
     caps = [t.cap for t in tries[DROPS:]]
     assert caps == pytest.approx([caps[0] / 1.5**k for k in range(allowed + 1)])  # cut again each time
