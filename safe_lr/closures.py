@@ -115,7 +115,11 @@ def _write_back(tensor: Tensor, value: Tensor) -> None:
 
 
 class Untouched:
-    """What `leave_no_trace` yields: evaluates closures and trial steps, always from the same random state."""
+    """What `leave_no_trace` yields: evaluates closures and trial steps, always from the same random state.
+
+    Attributes:
+        remember: Takes in a module that is to be put back, although no closure may name or call it.
+    """
 
     def __init__(
         self,
@@ -124,7 +128,7 @@ class Untouched:
         rng: RandomState,
         remember: Callable[[nn.Module], None],
     ) -> None:
-        self._params, self._values, self._rng, self._remember = params, values, rng, remember
+        self._params, self._values, self._rng, self.remember = params, values, rng, remember
 
     def call(self, closure: Callable[[], Any]) -> Any:
         """Returns what the closure returns, evaluated from the random state at entry.
@@ -134,7 +138,7 @@ class Untouched:
         """
         self._rng.restore()
         for module in modules_in(closure):
-            self._remember(module)
+            self.remember(module)
         returned = closure()
         if any(p.grad is not None for p in self._params):
             raise ClosureError(

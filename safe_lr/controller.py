@@ -18,6 +18,7 @@ from safe_lr.policies import (
     ROOM,
     SETTLED,
     STEP,
+    TRIAL_GAP,
     TRIAL_PART,
     VOTES,
     Policy,
@@ -59,7 +60,7 @@ class Controller:
         (True, None)
         >>> controller.settle(Measurement(lr_limit=0.2), lr_ref=1.0, jump=None)
         (None, None)
-        >>> controller.due(), controller.state.cap                   # the next measurement is due in four updates
+        >>> controller.due(), controller.state.cap                   # the next measurement is due in three updates
         (False, 0.1)
     """
 
@@ -88,6 +89,8 @@ class Controller:
     def go_back(self, saved: dict[str, Any], wanted: float) -> None:
         """Goes on from an earlier state, with a multiple and a cap below those of the step that did harm.
 
+        For a routine gap (at least TRIAL_GAP updates) trial steps with room do not raise the multiple again.
+
         Args:
             saved: That state's `state_dict()`.
             wanted: The lr that is wanted now; infinite where lr follows the cap.
@@ -102,8 +105,11 @@ class Controller:
         self.state = earlier = state.gone_back(saved)
         earlier.multiple = min(earlier.multiple, multiple) if self.policy.learns else earlier.multiple
         self._set_margin()
-        if earlier.cap is not None:
+        if (
+            earlier.cap is not None and used > 0
+        ):  # at an lr of 0 an earlier step did the harm, and a cap of 0 never rises
             earlier.cap = min(earlier.cap, used / STEP)
+        earlier.calm_until = earlier.updates + max(TRIAL_GAP, earlier.gap)
 
     # ---- when
 
@@ -322,6 +328,8 @@ class Controller:
         trial = self._verdict(found, planned)
         if trial is None or found.trial_lr is None or not self.policy.learns:
             return None, None
+        if trial == "roomy" and state.updates < state.calm_until:
+            trial = "fine"  # so it looked before the step that did harm, too
         if not self.young:
             state.course.tried(found.trial_lr / planned, failed=found.trial_failed is True)
         state.trial, unit = trial, state.share * found.lr_limit

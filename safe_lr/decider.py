@@ -23,6 +23,7 @@ from safe_lr.measurement import COST_OF_GRAPH, Measurement
 from safe_lr.movers import MeasurementFailed
 from safe_lr.preconditioners import decays
 from safe_lr.rates import Rates
+from safe_lr.rewind import RewindsExhausted, Trouble
 from safe_lr.rewinder import Rewinder
 from safe_lr.stability import UpdateRule
 from safe_lr.tuner import Tuner
@@ -149,13 +150,20 @@ class Decider:
     ) -> bool:
         """Whether the coming update is not to be made: it is dropped, or the run has gone back."""
         before = self.rates.applied[self.rates.reference]
-        trouble = rewinder.inspect(norm, loss, observed, self.controller, self.rates)
+        try:
+            trouble = rewinder.inspect(norm, loss, observed, self.controller, self.rates)
+        except RewindsExhausted as given_up:
+            self._not_made(given_up.tries[-1], before)
+            raise
         if trouble is None:
             return False
+        self._not_made(trouble, before)
+        return True
+
+    def _not_made(self, trouble: Trouble, before: float) -> None:
         self.rates.apply(self.state.cap)
         found = Measurement(bound=self.instrument.settings.bound, cost=trouble.cost)
         self._record(trouble.action, trouble.reason, found, before, self.rates.applied[self.rates.reference])
-        return True
 
     def _rules(self) -> list[UpdateRule | None]:
         """Each parameter's update rule at the coming step; none where the optimizer's state cannot be read."""

@@ -39,8 +39,9 @@ class Decision:
         beta1: First-moment decay (momentum) of the group, None where the optimizer has none.
         beta2: Second-moment decay of the group, None where the optimizer has none.
         cap: Largest lr that is allowed now, in units of the group's lr. None before the first measurement.
-        lr_limit: Largest stable lr under the chosen bound: what `margin` is a margin of. With a learned margin a mean
-            over the measurements so far (the newest alone in a young run and after an alarm), else as measured.
+        lr_limit: Largest stable lr under the chosen bound: what `margin` is a margin of. With a learned margin the
+            median of the last three (the newest alone in a young run, or where a trial step bears out a lower one),
+            else as measured.
         limits: The limit under each bound as measured: `lemma1`, `coherence`, `momentum`.
         lambda_max: Largest algebraic eigenvalue of the Hessian; None at measurements that did not solve for it.
         gamma: Coherence, the largest eigenvalue of P^-1/2 H P^-1/2.
@@ -126,7 +127,7 @@ class Figures:
         pressure, pressure_max: Desired in units of the applied lr over the capped updates: median and largest.
         lr_desired_low, lr_desired_high: Smallest and largest desired lr; None where lr follows the cap.
         lr_applied_high: Largest applied lr.
-        cap_low: Smallest cap after the first 10 updates.
+        cap_low: Smallest cap after the first 13 updates.
         unprotected_steps: Updates made without a cap.
         beyond_steps: Updates made at an lr beyond `lr_limit`.
         trials, trials_failed: How often a coming step was tried, and how often it failed at every length.

@@ -311,6 +311,9 @@ class CoherenceGuard:
                 self._counting = True
             watch = functools.partial(_neighbours.watched, self)
             self._decider.act(self._observed, self._probe, self._loss, watch)
+        except BaseException:
+            self.pause()  # there will be no update, and nothing that runs after it
+            raise
         finally:
             self._observed = self._loss = None  # it binds late and holds a batch
         if self.last_measurement is not last and _neighbours.newly_sharing(self):
@@ -337,7 +340,7 @@ class CoherenceGuard:
             self.ensemble.count(optimizer)
 
     def pause(self) -> None:
-        """After one optimizer of several: nobody else sees its capped lr."""
+        """After one optimizer of several, or where no update follows: nobody else sees the capped lr."""
         if self.restore:
             self.rates.give_back()
 

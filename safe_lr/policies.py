@@ -71,9 +71,6 @@ CATCH_UP = 5
 STEP = 1.5
 """Factor by which the multiple rises or falls after a trial."""
 
-BINDING = 0.9
-"""The cap counts as what holds lr back from this fraction of it on."""
-
 FREE_UPDATES = 13
 """Updates in which the cap follows each measurement freely, those at 0, 3 and 12 (GAP_FACTOR): until then the limit of
 the coming step itself rises tenfold and more, and no earlier cap is worth holding on to. A LoRA fine-tune whose limit

@@ -52,6 +52,7 @@ class Rates:
         self.desired = self.applied
         self.shares: list[float] = []
         self._written: list[float | None] = [None] * len(self.desired)
+        self._top = 0.0  # the largest lr_ref that an update was asked to make
 
     @property
     def reference(self) -> int:
@@ -72,11 +73,13 @@ class Rates:
     def shape(self) -> float:
         """Where lr follows the cap, what part of it the schedule lets through: its lr in units of its largest one.
 
-        That is `max_lr` where a group has it (OneCycleLR), else `initial_lr`; the part is at most 1.
+        That is `max_lr` where a group has it (OneCycleLR), else `initial_lr`, or the largest so far where that is
+        larger (CyclicLR) or nobody wrote it (ReduceLROnPlateau, a loop by hand).
         """
         groups = self.optimizer.param_groups
-        top = max(float(group.get("max_lr", group.get("initial_lr", group["lr"]))) for group in groups)
-        return min(1.0, self.lr_ref / top) if self.follow and top > 0 else 1.0
+        named = (float(group.get("max_lr", group.get("initial_lr", 0.0))) for group in groups)
+        top = max(self.lr_ref, self._top, *named)
+        return self.lr_ref / top if self.follow and top > 0 else 1.0
 
     @property
     def asked(self) -> list[float]:
@@ -143,6 +146,7 @@ class Rates:
 
     def apply(self, cap: float | None) -> None:
         """Writes `capped_at(cap)`; writes nothing where the cap does not bind."""
+        self._top = max(self._top, self.lr_ref)
         scale = self._scale(cap)
         for index, group in enumerate(self.optimizer.param_groups):
             if scale != 1:
@@ -160,8 +164,9 @@ class Rates:
         return self.shape * scale if self.follow else min(1.0, scale)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns plain lists of numbers."""
-        return {"desired": list(self.desired), "shares": list(self.shares), "written": list(self._written)}
+        """Returns plain numbers and lists of them."""
+        lists = {"desired": list(self.desired), "shares": list(self.shares), "written": list(self._written)}
+        return {**lists, "top": self._top}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict()`.
@@ -177,6 +182,7 @@ class Rates:
             )
         self.desired, self.shares = list(state["desired"]), list(state["shares"])
         self._written = list(state["written"])
+        self._top = state.get("top", 0.0)  # not in states of the first versions
 
     def present_shares(self) -> list[float]:
         """Returns each group's desired lr in units of the largest, as they stand now."""

@@ -200,9 +200,9 @@ class Rewinder:
         self._healthy_at = updates + (updates - self._at) + EVERY
         self._watching = False
         told = self._tell(replace(seen, margin=control.state.margin, cap=control.state.cap))
+        self.rewinds += 1
         if tried >= self.most:
             raise RewindsExhausted(self.tries)
-        self.rewinds += 1
         self._hold_gradients()
         return told
 
@@ -288,6 +288,8 @@ class Rewinder:
         now = then = failed = 0.0
         try:
             with leave_no_trace([p for group in self.ensemble.param_groups for p in group["params"]]) as untouched:
+                for module in self.snapshot.buffers.modules:  # of earlier closures: these may call others
+                    untouched.remember(module)
                 now = _mean_loss(untouched, closures)
                 self.snapshot.write_model()
                 then = _mean_loss(untouched, closures)

@@ -49,6 +49,11 @@ class Buffers:
         self._still: set[tuple[nn.Module, str]] = set()
 
     @property
+    def modules(self) -> list[nn.Module]:
+        """Whose buffers they are."""
+        return list(dict.fromkeys(module for module, _ in self._kept))
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the copies."""
         return sum(kept.nbytes for _, kept in self._kept.values())

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, CyclicLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
 
 from safe_lr import CoherenceGuard, CoherenceScheduler
 
@@ -52,6 +52,37 @@ def test_one_cycle_is_shaped_by_its_own_largest_lr():
     lrs = [lr for (lr,) in applied]
     assert max(lrs) == pytest.approx(0.25, rel=2e-3)  # the peak lies between two steps
     assert lrs[0] == pytest.approx(0.25 / 25, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "lr", "shape"),
+    [
+        (lambda opt: CyclicLR(opt, 0.1, 1.0, step_size_up=10, cycle_momentum=False), 5.0, {10: 1.0, 20: 0.1, 25: 0.55}),
+        (lambda opt: LambdaLR(opt, lambda step: 4.0 if step < 9 else 1.0), 1e-3, {0: 1.0, 8: 1.0, 9: 0.25}),
+    ],
+)
+def test_a_schedule_that_goes_above_its_first_lr_is_shaped_by_the_largest_so_far(schedule, lr, shape):
+    _, applied = quadratic(lr, schedule)
+    assert {step: applied[step][0] / 0.25 for step in shape} == pytest.approx(shape, rel=1e-6)
+
+
+@pytest.mark.parametrize("lr", [1e-3, 7.0])
+def test_what_nobody_named_the_largest_lr_of_shapes_it_too(lr):
+    """ReduceLROnPlateau and a loop that writes lr by hand leave no initial_lr; a resumed run knows the largest."""
+    scheduler, _ = quadratic(lr, lambda opt: ReduceLROnPlateau(opt, patience=5), steps=0)
+    (x, _), optimizer = scheduler.optimizer.param_groups[0]["params"], scheduler.optimizer
+    applied = []
+    for _ in range(8):
+        x.grad = 4 * x.detach()
+        scheduler.observe(lambda: (2 * x**2).sum())
+        optimizer.step()
+        applied.append(optimizer.param_groups[0]["lr"])
+        scheduler.step(1.0)
+    assert applied == pytest.approx([0.25] * 7 + [0.025], rel=1e-6)
+    twin, _ = quadratic(lr, lambda opt: ReduceLROnPlateau(opt, patience=5), steps=0)
+    twin.optimizer.load_state_dict(optimizer.state_dict())
+    twin.load_state_dict(scheduler.state_dict())
+    assert twin._guard.rates.shape == scheduler._guard.rates.shape == pytest.approx(0.1)
 
 
 def test_the_groups_keep_their_ratio():
@@ -111,3 +142,21 @@ def test_a_guard_follows_inside_the_step_only():
 def test_it_is_a_flag():
     with pytest.raises(TypeError, match="follow_limit must be True or False, got 'yes'"):
         CoherenceScheduler(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0), follow_limit="yes")
+
+
+def test_where_no_update_follows_a_guard_gives_the_lr_back():
+    class Stops:
+        def start(self, config): ...
+        def step(self, row): ...
+        def close(self, summary): ...
+        def decide(self, decision):
+            raise Exception  # W&B's sweep agent stops a run so
+
+    x = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([x], lr=5.0)
+    guard = CoherenceGuard(optimizer, margin=0.5, loggers=Stops())
+    x.grad = 4 * x.detach()
+    guard.observe(lambda: 2 * (x**2).sum())
+    with pytest.raises(Exception, match="^$"):
+        optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == 5.0

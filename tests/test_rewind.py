@@ -22,6 +22,7 @@ from safe_lr import CoherenceGuard, CoherenceScheduler, RewindsExhausted
 from safe_lr.accounts import State
 from safe_lr.controller import Controller
 from safe_lr.ensemble import Ensemble
+from safe_lr.measurement import Measurement
 from safe_lr.policies import NormTrend, Policy
 from safe_lr.rewind import DROPS, EVERY, MOST, Losses, Signs, Trouble, judge, outlying
 from safe_lr.rewinder import Rewinder
@@ -177,6 +178,29 @@ def test_a_buffer_that_the_user_writes_survives_a_drop() -> None:
     run.step(5, "nan")
     assert run.model.temperature == 7 and run.rewinder.drops == 1
     assert torch.isfinite(run.model[1].running_mean).all()
+
+
+def test_looking_closer_leaves_the_buffers_of_a_model_that_is_not_looked_at() -> None:
+    """Two models in turns: the snapshot holds the buffers of one, the batch that looks wrong is the other's."""
+    torch.manual_seed(0)
+    one, other = (nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)) for _ in range(2))
+    optimizer = Adam([*one.parameters(), *other.parameters()], lr=1e-3)
+    guard = CoherenceGuard(optimizer, rewind=True, loggers=None, credit=0)
+
+    def step(model: nn.Module, scale: float = 1.0) -> None:
+        x = torch.randn(16, 3)
+        optimizer.zero_grad()
+        loss = scale * model(x).square().mean()
+        loss.backward()
+        guard.observe(lambda: scale * model(x).square().mean(), loss=loss)
+        optimizer.step()
+
+    for _ in range(EVERY + 3):
+        step(one)
+    before = {name: value.clone() for name, value in one.named_buffers()}
+    step(other, 9.0)
+    assert [d.action for d in guard.history] == ["drop"]
+    assert all(torch.equal(value, before[name]) for name, value in one.named_buffers())
 
 
 def test_outliers_that_stay_are_what_is_usual_now() -> None:
@@ -450,6 +474,9 @@ def test_when_nothing_helps_it_says_what_was_tried(most: int) -> None:
         run.run(range(15, 99), dict.fromkeys(range(15, 99), "nan"))
     tries = caught.value.tries
     assert [t.action for t in tries] == ["drop"] * DROPS + ["rewind"] * (allowed + 1)
+    assert [(d.action, d.reason) for d in run.guard.history][-len(tries) :] == [(t.action, t.reason) for t in tries]
+    assert run.guard.summary().rewinds == run.rewinder.rewinds == allowed + 1  # the last one was made too
+    assert run.optimizer.param_groups[0]["lr"] == 0.02
     assert all(t.step == 15 and math.isnan(t.norm) and t.lr > 0 for t in tries)
     caps = [t.cap for t in tries[DROPS:]]
     assert caps == pytest.approx([caps[0] / 1.5**k for k in range(allowed + 1)])  # cut again each time
@@ -562,6 +589,36 @@ def test_multiple_and_cap_are_cut_below_the_step_that_did_harm(wanted: float, us
     fixed.state = replace(state, multiple=2.0, margin=0.5)
     fixed.go_back(replace(earlier, margin=0.5).state_dict(), wanted)
     assert (fixed.state.margin, fixed.state.cap) == (0.5, pytest.approx(used / 1.5))
+
+
+def test_after_going_back_room_raises_nothing_for_a_while() -> None:
+    """The trial steps of the measurement that is due at once look as they did before the step that did harm."""
+    control = Controller(Policy(), least_cost=8.0)
+    state = replace(control.state, updates=100, share=0.5, multiple=3.0, margin=1.5, cap=1.5, gap=40)
+    control.state = replace(state, figures={"lr_limit": 1.0}, flips=[2.0])
+    control.go_back(control.state.state_dict(), wanted=9.0)
+    assert control.state.multiple == pytest.approx(2.0)
+
+    def measured() -> tuple[Any, float]:
+        planned = control.planned(1.0, 9.0)
+        found = Measurement(lr_limit=1.0, loss=1.0, trial_loss=0.5, trial_lr=8.1 * planned)
+        return control.settle(found, lr_ref=9.0, jump=None)[0], control.state.multiple
+
+    assert measured() == ("fine", pytest.approx(2.0))
+    control.restore(State.from_state_dict(control.state.state_dict()))  # a resumed run is as calm
+    control.state.updates = 139
+    assert measured() == ("fine", pytest.approx(2.0))
+    control.state.updates = 140
+    assert measured() == ("roomy", pytest.approx(3.0))
+
+
+def test_going_back_at_an_lr_of_zero_leaves_a_cap_that_can_rise() -> None:
+    """A schedule that touches 0: an earlier step did the harm. A cap of 0 would stay 0 for good."""
+    control = Controller(Policy(), least_cost=8.0)
+    control.state = replace(control.state, updates=100, share=0.5, cap=0.4, figures={"lr_limit": 1.0})
+    control.go_back(control.state.state_dict(), wanted=0.0)
+    assert control.state.cap == 0.4 and control.state.margin == pytest.approx(2.0 / 1.5 * 0.5)
+    assert control.cap_under(1.0) > 0
 
 
 # ---- when nothing is wrong, and when it is off
