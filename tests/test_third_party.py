@@ -407,7 +407,7 @@ def test_what_is_kept_on_the_optimizer_is_found_there(name: str) -> None:
 
 
 class Wrapper(torch.optim.Optimizer):
-    """What accelerate's `AcceleratedOptimizer` is to an optimizer: a subclass with nothing of its own, not even hooks."""
+    """What accelerate's `AcceleratedOptimizer` is: a subclass with nothing of its own, not even hooks."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
