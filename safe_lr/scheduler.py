@@ -409,7 +409,8 @@ def _made(schedule: Schedule, optimizer: Optimizer) -> LRScheduler:
             "schedule must be a torch scheduler or make one, schedule=lambda opt: CosineAnnealingLR(opt, T_max=1000); "
             f"got {'a function that returned ' * (callable(schedule) and made is not schedule)}{type(made).__name__}"
         )
-    if unwrapped(getattr(made, "optimizer", None)) is not unwrapped(optimizer):
+    owner: Any = getattr(made, "optimizer", None)
+    if unwrapped(owner) is not unwrapped(optimizer):
         raise TypeError(
             "the schedule belongs to another optimizer; make it on this one: schedule=lambda opt: StepLR(opt, 30)"
         )
