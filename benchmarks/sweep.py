@@ -14,6 +14,13 @@ A seed sets the data's order, the initialisation and the draws; plain, clipped a
 sweeps advance in turns. Told is the best validation loss so far after 2, 4, ... runs, as a mean over seeds; and, since
 with so few draws luck is much of that, what the best of as many draws is *expected* to be, from all runs of all seeds
 (Dodge et al. 2019, arXiv 1909.03004), a run that learned nothing counting as log 10.
+
+    python -m benchmarks.sweep --transfer --json docs/results/sweep_transfer.json
+
+Whether what was found on a narrow network serves one that is eight times wider (torch's own initialisation, 100
+updates, three seeds): a grid over lr and one over the margin on both widths. "Moved" says by which factor the best
+value of the wide one differs from the narrow one's, and "lost" what the wide one's validation loss pays for taking the
+narrow one's.
 """
 
 from __future__ import annotations
@@ -50,6 +57,13 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
 }
 CRITERION = nn.CrossEntropyLoss()
 
+WIDTHS = {"narrow": 16, "wide": 128}
+TRANSFER_STEPS = 100
+GRIDS: dict[str, list[float]] = {
+    "lr": [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0],
+    "margin": [0.0125, 0.025, 0.05, 0.1, 0.2, 0.4],
+}
+
 
 def closures(model: nn.Module, seed: int) -> Iterator[Callable[[], torch.Tensor]]:
     """Yields the losses of one batch after another, without end."""
@@ -58,12 +72,22 @@ def closures(model: nn.Module, seed: int) -> Iterator[Callable[[], torch.Tensor]
         yield lambda bx=bx, by=by: CRITERION(model(bx), by)
 
 
+def network(width: int) -> nn.Module:
+    """The network of `examples/sweep.py`, at another width."""
+    return nn.Sequential(nn.Linear(64, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 10))
+
+
 def train(
-    make: Callable[[nn.Module], Optimizer], params: dict[str, Any], protect: bool, seed: int, steps: int
+    make: Callable[[nn.Module], Optimizer],
+    params: dict[str, Any],
+    protect: bool,
+    seed: int,
+    steps: int,
+    make_model: Callable[[], nn.Module] = digits.make_model,
 ) -> float:
     """Returns the validation loss after a run; NaN or infinite where it diverged."""
     torch.manual_seed(seed)
-    model = digits.make_model()
+    model = make_model()
     optimizer = make(model)
     for group in optimizer.param_groups:
         group["lr"] = params.get("lr", group["lr"])
@@ -175,19 +199,72 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def transfer(seeds: list[int], steps: int) -> dict[str, Any]:
+    """Returns the losses of both grids on both widths, one for each seed, and what became of the best values."""
+    result: dict[str, Any] = {"task": "digits MLP", "steps": steps, "widths": WIDTHS, "grids": GRIDS, "optimizers": {}}
+    for name, make in OPTIMIZERS.items():
+        for over, grid in GRIDS.items():
+            losses: dict[str, list[list[float]]] = {}
+            for size, width in WIDTHS.items():
+                losses[size] = []
+                for value in grid:
+                    params = {"lr": value} if over == "lr" else {"safe_lr.margin": value, "safe_lr.follow_limit": True}
+                    ends = [train(make, params, over == "margin", s, steps, lambda w=width: network(w)) for s in seeds]
+                    losses[size].append([end if end < UNTRAINED else UNTRAINED for end in ends])  # NaN too
+                print(f"{name} {over} {size}: {[round(statistics.mean(row), 4) for row in losses[size]]}", flush=True)
+            result["optimizers"].setdefault(name, {})[over] = {"losses": losses} | moved(grid, losses)
+    return result
+
+
+def moved(grid: list[float], losses: dict[str, list[list[float]]]) -> dict[str, float]:
+    """Returns what the narrow network's best value, by the mean over seeds, does on the wide one.
+
+    Example:
+        >>> moved([0.1, 0.2], {"narrow": [[1.0], [3.0]], "wide": [[2.0], [0.5]]})
+        {'narrow': 0.1, 'wide': 0.2, 'moved': 2.0, 'transferred': 2.0, 'best': 0.5, 'lost': 1.5}
+    """
+    means = {size: [statistics.mean(row) for row in rows] for size, rows in losses.items()}
+    narrow, wide = (means[size].index(min(means[size])) for size in WIDTHS)
+    transferred, best = means["wide"][narrow], means["wide"][wide]
+    return {
+        "narrow": grid[narrow],
+        "wide": grid[wide],
+        "moved": grid[wide] / grid[narrow],
+        "transferred": transferred,
+        "best": best,
+        "lost": transferred - best,
+    }
+
+
+def transfer_table(result: dict[str, Any]) -> str:
+    """Returns the result of `transfer` as text."""
+    columns = ("narrow", "wide", "moved", "transferred", "best", "lost")
+    lines = [f"{'optimizer':<10}{'over':<8}" + "".join(f"{column:>13}" for column in columns)]
+    for name, found in result["optimizers"].items():
+        for over, row in found.items():
+            lines.append(f"{name:<10}{over:<8}" + "".join(f"{row[column]:>13.4g}" for column in columns))
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="where to write the result")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 to 4, with --transfer 0 to 2")
     parser.add_argument("--runs", type=int, default=8, help="runs in each sweep")
+    parser.add_argument("--transfer", action="store_true", help="from a narrow network to a wide one")
     parser.add_argument("--quick", action="store_true", help="one seed, two runs of 20 updates: a smoke test")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    args.seeds = args.seeds or list(range(3 if args.transfer else 5))
     if args.quick:
         args.seeds, args.runs = args.seeds[:1], 2
     started = time.perf_counter()
-    result = collect(args.seeds, args.runs, 20 if args.quick else STEPS)
-    print(table(result))
+    if args.transfer:
+        result = transfer(args.seeds, 20 if args.quick else TRANSFER_STEPS)
+        print(transfer_table(result))
+    else:
+        result = collect(args.seeds, args.runs, 20 if args.quick else STEPS)
+        print(table(result))
     save(result | {"seconds": round(time.perf_counter() - started, 1)}, args.json)
 
 

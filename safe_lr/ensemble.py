@@ -26,7 +26,7 @@ class Ensemble:
         counts: How many updates each has made, for those that keep no count of their own; None where not all were seen.
 
     Args:
-        optimizers: An optimizer, or several that share no parameter.
+        optimizers: An optimizer, or several that share no parameter; wrappers are taken off, see `unwrapped`.
         preconditioner: What they are: None for what is registered, "from-update" to infer P from the update of those
             that are not, or a `Preconditioner` for all.
 
@@ -53,6 +53,7 @@ class Ensemble:
                 )
         if not several:
             raise ValueError("optimizer is an empty list: at least one is needed")
+        several = [unwrapped(optimizer) for optimizer in several]
         self.members: list[Optimizer] = several
         self.models = [_model(optimizer, preconditioner) for optimizer in several]
         self.counts: list[int | None] = [None] * len(several)
@@ -161,6 +162,31 @@ def _model(optimizer: Optimizer, preconditioner: str | Preconditioner | None) ->
         if preconditioner is None or refused(optimizer):
             raise
         return FromUpdate(optimizer)
+
+
+def unwrapped(optimizer: Optimizer) -> Optimizer:
+    """Returns the optimizer inside a wrapper such as accelerate's, which makes the update and whose hooks are called.
+
+    A wrapper is known by what it does not have: its groups and its state are those of its attribute `optimizer`. One
+    that keeps state of its own (Lookahead's slow weights) makes an update of its own, and stays.
+
+    Example:
+        >>> import torch
+        >>> class Wrapper(torch.optim.Optimizer):
+        ...     def __init__(self, optimizer):
+        ...         self.optimizer = optimizer
+        ...     state = property(lambda self: self.optimizer.state)
+        ...     param_groups = property(lambda self: self.optimizer.param_groups)
+        >>> sgd = torch.optim.SGD([torch.ones(1)])
+        >>> unwrapped(Wrapper(sgd)) is sgd, unwrapped(sgd) is sgd
+        (True, True)
+    """
+    inner = getattr(optimizer, "optimizer", None)
+    if not isinstance(inner, Optimizer) or inner is optimizer:
+        return optimizer
+    if inner.param_groups is not optimizer.param_groups or inner.state is not optimizer.state:
+        return optimizer
+    return unwrapped(inner)
 
 
 def unscaled(grad: Tensor, optimizer: Optimizer) -> Tensor:

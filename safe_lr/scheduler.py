@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, LRScheduler, ReduceLROnPlateau, SequentialLR
 
 from safe_lr.decisions import Decision, Summary
+from safe_lr.ensemble import unwrapped
 from safe_lr.guard import CoherenceGuard
 from safe_lr.loggers import Logger
 from safe_lr.measurement import Measurement
@@ -46,7 +47,7 @@ class CoherenceScheduler(LRScheduler):
 
     Args:
         optimizer: Any of `torch.optim` but Rprop and LBFGS, several of other packages (docs/theory.md has the table),
-            or one that was registered.
+            or one that was registered; in a wrapper that keeps nothing of its own (accelerate's) too.
         schedule: Makes the desired schedule, or is one made on this optimizer; None keeps the optimizer's own lr.
         bound: `momentum` (c / gamma, exact with momentum), `coherence` (2 / gamma) or `lemma1` (2 p_min / lambda_max,
             the source paper's worst case, usually a hundred times too small for Adam).
@@ -213,6 +214,7 @@ class CoherenceScheduler(LRScheduler):
         except BaseException:
             self._guard.close()  # no hook stays behind
             raise
+        self._given = optimizer
         self._guard.rates.read()
         if self._guard.rewinder is not None and self._scheduled:
             self._guard.rewinder.schedule = self._schedule
@@ -330,14 +332,14 @@ class CoherenceScheduler(LRScheduler):
 
     @property
     def optimizer(self) -> Optimizer:  # type: ignore[override]
-        """The optimizer whose lr this is."""
+        """The optimizer whose lr this is, as it was given: a wrapper (accelerate's) is not taken off."""
         # Both read it when they are made, and nothing else tells a member that it has become one.
         if _called_by_torchs_combination():
             self._guard.restore = True
             if self._guard.rewinder is not None:
                 self._guard.rewinder.schedule = None  # lr is its siblings' too, and those are not known
             self._guard.rates.give_back()
-        return self._guard.optimizer
+        return self._given
 
     @property
     def _last_lr(self) -> list[float | Tensor]:  # type: ignore[override]
@@ -407,7 +409,8 @@ def _made(schedule: Schedule, optimizer: Optimizer) -> LRScheduler:
             "schedule must be a torch scheduler or make one, schedule=lambda opt: CosineAnnealingLR(opt, T_max=1000); "
             f"got {'a function that returned ' * (callable(schedule) and made is not schedule)}{type(made).__name__}"
         )
-    if getattr(made, "optimizer", None) is not optimizer:
+    owner: Any = getattr(made, "optimizer", None)
+    if unwrapped(owner) is not unwrapped(optimizer):
         raise TypeError(
             "the schedule belongs to another optimizer; make it on this one: schedule=lambda opt: StepLR(opt, 30)"
         )

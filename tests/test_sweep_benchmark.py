@@ -39,6 +39,19 @@ def test_quick_run(tmp_path, monkeypatch, capsys):
     assert "expected 2" in capsys.readouterr().out
 
 
+def test_quick_transfer(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "OPTIMIZERS", {"adam": sweep.OPTIMIZERS["adam"]})
+    monkeypatch.setattr(sweep, "GRIDS", {"lr": [0.01, 1e9], "margin": [0.1]})
+    monkeypatch.setattr(sys, "argv", ["sweep", "--transfer", "--quick", "--json", str(tmp_path / "transfer.json")])
+    sweep.main()
+    result = json.loads((tmp_path / "transfer.json").read_text())
+    found = result["optimizers"]["adam"]
+    good, hopeless = found["lr"]["losses"]["wide"]
+    assert 0 < good[0] < hopeless[0] == math.log(10)  # a run that learned nothing, or ended in NaN
+    assert (found["lr"]["moved"], found["margin"]["lost"]) == (1.0, 0.0)
+    assert "transferred" in capsys.readouterr().out
+
+
 def test_the_committed_result_is_whole():
     result = json.loads(RESULT.read_text())
     assert (result["runs"], result["steps"]) == (8, sweep.STEPS)

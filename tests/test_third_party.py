@@ -401,3 +401,99 @@ def test_what_is_kept_on_the_optimizer_is_found_there(name: str) -> None:
         loss().backward()
         limits.append(safe_lr.measure(optimizer, loss).lr_limit)
     assert limits[1] == pytest.approx(limits[0], rel=1e-3)
+
+
+# ---- wrappers
+
+
+class Wrapper(torch.optim.Optimizer):
+    """What accelerate's `AcceleratedOptimizer` is: a subclass with nothing of its own, not even hooks."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    state = property(lambda self: self.optimizer.state)
+    param_groups = property(lambda self: self.optimizer.param_groups)
+    defaults = property(lambda self: self.optimizer.defaults)
+
+    def step(self, closure: Any = None) -> None:
+        self.optimizer.step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none)
+
+
+class Lookahead(Wrapper):
+    """The same with state, and so with an update, of its own."""
+
+    state = property(lambda self: self.__dict__.setdefault("slow", {}))
+
+
+def accelerated(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    accelerate = pytest.importorskip("accelerate")
+    return accelerate.Accelerator(cpu=True).prepare(optimizer)
+
+
+def halved(optimizer: torch.optim.Optimizer) -> Any:
+    return torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)
+
+
+def in_sequence(optimizer: torch.optim.Optimizer) -> Any:
+    members = [CoherenceScheduler(optimizer, loggers=None), halved(optimizer)]
+    return members[0], torch.optim.lr_scheduler.SequentialLR(optimizer, members, milestones=[5])
+
+
+MADE = {
+    "scheduler": lambda opt, bare: [CoherenceScheduler(opt, halved, loggers=None)] * 2,
+    "of a schedule made on it": lambda opt, bare: [CoherenceScheduler(opt, halved(opt), loggers=None)] * 2,
+    "of a schedule made on the bare one": lambda opt, bare: [CoherenceScheduler(opt, halved(bare), loggers=None)] * 2,
+    "bare, of a schedule made on it": lambda opt, bare: [CoherenceScheduler(bare, halved(opt), loggers=None)] * 2,
+    "in a sequence": lambda opt, bare: in_sequence(opt),
+    "guard": lambda opt, bare: [safe_lr.CoherenceGuard(opt, loggers=None), halved(opt)],
+    "guard of a list": lambda opt, bare: [safe_lr.CoherenceGuard([opt], loggers=None), halved(opt)],
+}
+
+
+@pytest.mark.filterwarnings("default")  # accelerate warns of its own settings
+@pytest.mark.parametrize("wrap", [Wrapper, accelerated])
+@pytest.mark.parametrize("how", MADE)
+def test_a_wrapper_with_nothing_of_its_own_changes_nothing(how: str, wrap: Any) -> None:
+    def run(wrap: Any) -> tuple[list[Tensor], list[Any]]:
+        x = nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
+        bare = torch.optim.Adam([x], lr=1.0)
+        optimizer = wrap(bare)
+        safe, schedule = MADE[how](optimizer, bare)
+
+        def loss() -> Tensor:
+            return (x**2 * torch.tensor([1.0, 10.0, 0.1])).sum()
+
+        seen = []
+        for _ in range(8):
+            loss().backward()
+            safe.observe(loss)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            seen.append(x.detach().clone())
+        assert safe.history
+        decisions = [(d.step, d.action, d.lr_after) for d in safe.history]
+        assert any(lr < 1.0 for _, _, lr in decisions)
+        safe.close()
+        return seen, decisions
+
+    expected, found = run(lambda bare: bare), run(wrap)
+    assert all(map(torch.equal, expected[0], found[0]))
+    assert expected[1] == found[1]
+
+
+def test_a_wrapper_is_measured_as_what_is_inside_and_told_as_what_was_given() -> None:
+    x = nn.Parameter(torch.ones(1))
+    wrapper = Wrapper(Wrapper(torch.optim.SGD([x], lr=1.0)))
+    assert safe_lr.measure(wrapper, lambda: 2 * (x**2).sum()).lr_limit == pytest.approx(0.5)  # 2 / 4
+    assert CoherenceScheduler(wrapper, loggers=None).optimizer is wrapper
+
+
+def test_a_wrapper_with_an_update_of_its_own_is_not_taken_off() -> None:
+    wrapper = Lookahead(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0))
+    with pytest.raises(TypeError, match="does not know the preconditioner of Lookahead"):
+        CoherenceScheduler(wrapper)

@@ -127,8 +127,9 @@ def test_hugging_face(server: WandbServer, tmp_path: Path, monkeypatch: pytest.M
         def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
             if self.lr_scheduler is None:
                 optimizer = optimizer or self.optimizer
-                bare = getattr(optimizer, "optimizer", optimizer)  # accelerate may have wrapped it
-                self.lr_scheduler = CoherenceScheduler(bare, super().create_scheduler(num_training_steps, bare))
+                self.lr_scheduler = CoherenceScheduler(
+                    optimizer, super().create_scheduler(num_training_steps, optimizer)
+                )
             return self.lr_scheduler
 
         def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **more: Any) -> Any:
