@@ -61,3 +61,12 @@ def test_the_committed_result_is_whole():
             losses = [trial["val_loss"] for row in found["seeds"] for trial in row["trials"][arm]]
             assert found["arms"][arm]["expected_after"]["8"] == pytest.approx(sweep.expected_best(losses, 8))
             assert len(losses) == 40
+
+
+def test_the_committed_transfer_is_whole():
+    result = json.loads((RESULT.parent / "sweep_transfer.json").read_text())
+    assert (result["steps"], result["grids"], result["widths"]) == (sweep.TRANSFER_STEPS, sweep.GRIDS, sweep.WIDTHS)
+    for found in result["optimizers"].values():
+        for over, row in found.items():
+            assert all(len(losses) == 3 for rows in row["losses"].values() for losses in rows)
+            assert row.items() >= sweep.moved(sweep.GRIDS[over], row["losses"]).items()
