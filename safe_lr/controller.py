@@ -105,9 +105,7 @@ class Controller:
         self.state = earlier = state.gone_back(saved)
         earlier.multiple = min(earlier.multiple, multiple) if self.policy.learns else earlier.multiple
         self._set_margin()
-        if (
-            earlier.cap is not None and used > 0
-        ):  # at an lr of 0 an earlier step did the harm, and a cap of 0 never rises
+        if earlier.cap is not None and used > 0:  # at an lr of 0 an earlier step did the harm; from 0 no cap rises
             earlier.cap = min(earlier.cap, used / STEP)
         earlier.calm_until = earlier.updates + max(TRIAL_GAP, earlier.gap)
 
