@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 from safe_lr.accounts import State
@@ -31,6 +32,12 @@ from safe_lr.tuner import Tuner
 NO_CLOSURE = (
     "safe_lr was given no closure for this update: call observe(lambda: criterion(model(x), y)) on the scheduler or "
     "guard between backward() and optimizer.step(). Training goes on; no new limit can be measured."
+)
+
+SEVERAL_RANKS = (
+    "safe_lr does not coordinate the processes of torch.distributed: each measures its own batch, so their learning "
+    "rates, and then their parameters, part ways. Give every rank the same fixed batch (x, y): "
+    "probe=lambda: criterion(ddp.module(x), y)."
 )
 
 HISTORY = 10_000
@@ -135,6 +142,8 @@ class Decider:
         if closures is None:
             self.warn_once("observe", NO_CLOSURE)
             return False
+        if not fixed and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            self.warn_once("ranks", SEVERAL_RANKS)
         budget = self.controller.affordable(alarm=jump is not None)
         if not self.instrument.can_measure(closures, self.state, budget):
             return False

@@ -1029,3 +1029,22 @@ def test_the_gradient_norm_is_torchs_to_the_bit(dtypes: list[torch.dtype]) -> No
         p.grad = torch.randn_like(p)
     expected = float(nn.utils.get_total_norm([p.grad for p in params]))
     assert Ensemble(SGD(params)).gradient_norm() == expected
+
+
+@pytest.mark.parametrize(("ranks", "probe"), [(2, False), (2, True), (1, False)])
+def test_ranks_that_each_measure_their_own_batch_are_told_once(monkeypatch, ranks: int, probe: bool) -> None:
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: ranks)
+    x = nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = SGD([x], lr=0.1)
+    loss = lambda: (x**2).sum()  # noqa: E731
+    guard = CoherenceGuard(optimizer, loggers=None, probe=loss if probe else None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(8):
+            optimizer.zero_grad()
+            loss().backward()
+            guard.observe(loss)
+            optimizer.step()
+    told = [w for w in caught if "part ways" in str(w.message)]
+    assert len(told) == int(ranks == 2 and not probe) and guard.summary().measurements >= 2
