@@ -25,6 +25,7 @@ ORDER = (
     "decider",
     "neighbours",
     "hooks",
+    "exits",
     "rewinder",
     "tuner",
     "instrument",
