@@ -17,7 +17,6 @@ those where only eps can move (Adagrad), or only a companion's betas (Muon).
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import importlib
 import inspect
@@ -35,7 +34,7 @@ from torch.optim import Optimizer
 
 from benchmarks.cells import ROOT, Cache, canonical
 from benchmarks.lr_robustness import BASELINES, STEPS, Matrix, Row, lr_at, percent, spread
-from benchmarks.results import save
+from benchmarks.results import command_line, save
 from benchmarks.tasks import TASKS, USUAL, Task
 from benchmarks.training import Cell, Plan, account, make_optimizers, train
 
@@ -444,10 +443,8 @@ def tuned_lrs(rows: Sequence[Row], steps: int, workers: int) -> dict[Row, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What moving betas and eps is worth, beside fixed betas.")
-    parser.add_argument("--json", type=Path, help="where to write the result")
+    parser = command_line("What moving betas and eps is worth, beside fixed betas.", "one row, one seed, 60 steps")
     parser.add_argument("--markdown", type=Path, help="where to write it as a section for the docs")
-    parser.add_argument("--quick", action="store_true", help="one row, one seed, 60 steps: a smoke test")
     parser.add_argument("--full", action="store_true", help="every row that has betas or an eps")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--steps", type=int, default=STEPS)

@@ -22,11 +22,9 @@ elsewhere           lean, with all that the graph saves in memory that is not co
 
 from __future__ import annotations
 
-import argparse
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +34,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from benchmarks.networks import TASKS, Point
-from benchmarks.results import save
+from benchmarks.results import command_line, markdown, save
 from safe_lr.closures import leave_no_trace
 from safe_lr.operators import exact_hessian, finite_difference_hessian, lean_hessian
 
@@ -150,29 +148,26 @@ def of_task(name: str, quick: bool) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown: gradients, but for the first column."""
     kinds = ("lean", "saved", "elsewhere", "retained", "finite-difference", "one-sided")
-    lines = ["|  | a gradient | " + " | ".join(kinds) + " |", "| --- " * (len(kinds) + 2) + "|"]
+    rows = []
     for name, row in result["tasks"].items():
-        figures = " | ".join(f"{row['gradients'][kind]:.2f}" for kind in kinds)
-        lines.append(f"| {name} | {row['mib']['gradient']:.1f} MiB | {figures} |")
-    return "\n".join(lines)
+        figures = [f"{row['gradients'][kind]:.2f}" for kind in kinds]
+        rows.append([name, f"{row['mib']['gradient']:.1f} MiB", *figures])
+    return markdown(["", "a gradient", *kinds], rows)
 
 
 def main() -> None:
     """Counts, prints and saves."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="where to write the result")
-    parser.add_argument("--quick", action="store_true", help="tiny networks: a smoke test")
-    options = parser.parse_args()
+    args = command_line(__doc__.splitlines()[0], "tiny networks").parse_args()
     torch.set_num_threads(1)
-    tasks = {name: of_task(name, options.quick) for name in tqdm(TASKS, unit="network", ncols=100)}
+    tasks = {name: of_task(name, args.quick) for name in tqdm(TASKS, unit="network", ncols=100)}
     worst = max(row["gradients"]["lean"] for row in tasks.values())
     result = {
         "torch": torch.__version__,
-        "quick": options.quick,
+        "quick": args.quick,
         "aim": {"lean product, gradients": AIM, "worst": worst, "met": worst <= AIM},
         "tasks": tasks,
     }
-    save(result, options.json)
+    save(result, args.json)
     print(table(result))
 
 

@@ -14,7 +14,6 @@ is not told the loss, which would make it see more. Results are kept one file a 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import inspect
 import math
@@ -30,7 +29,8 @@ from torch import Tensor
 from benchmarks.betas import between, tuned_lrs
 from benchmarks.cells import ROOT, Cache, canonical
 from benchmarks.lr_robustness import STEPS, Row, lr_at, spread
-from benchmarks.results import save
+from benchmarks.results import command_line, save
+from benchmarks.results import markdown as table
 from benchmarks.tasks import TASKS
 from benchmarks.training import LAST, Cell, make_optimizers, validate
 
@@ -179,24 +179,37 @@ def _gaps(runs: Sequence[dict[str, Any]], clean: Sequence[dict[str, Any]], metri
 
 def markdown(result: dict[str, Any]) -> str:
     """Returns the table for docs/benchmarks.md."""
-    lines = [
-        "| row | poison | run | loss above the clean run's | batch left out | same run as that | dropped | rewinds |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    titles = [
+        "row",
+        "poison",
+        "run",
+        "loss above the clean run's",
+        "batch left out",
+        "same run as that",
+        "dropped",
+        "rewinds",
     ]
+    rows = []
     for row in result["rows"]:
         name = "safe_lr, `rewind=True`" if row["protection"] == "rewind" else "safe_lr"
         cost = f"broken in {row['broken']}" if row["broken"] else between(row["cost"])
-        lines.append(
-            f"| {row['row']} | {row['poison']} | {name} | {cost} | {between(row['left_out'])} | {row['equal']:.0%} "
-            f"| {row['drops']:.1f} | {row['rewinds']:.1f} |"
+        rows.append(
+            [
+                row["row"],
+                row["poison"],
+                name,
+                cost,
+                between(row["left_out"]),
+                f"{row['equal']:.0%}",
+                f"{row['drops']:.1f}",
+                f"{row['rewinds']:.1f}",
+            ]
         )
-    return "\n".join(lines) + "\n"
+    return table(titles, rows) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What one poisoned step costs.")
-    parser.add_argument("--json", type=Path, help="where to write the result")
-    parser.add_argument("--quick", action="store_true", help="one row, one seed, 45 steps: a smoke test")
+    parser = command_line("What one poisoned step costs.", "one row, one seed, 45 steps")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--workers", type=int, default=2)

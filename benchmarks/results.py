@@ -1,10 +1,37 @@
-"""Writing a benchmark's result where `--json` says."""
+"""What benchmarks share at their ends: the options they take, the tables they print, the JSON they leave."""
 
 from __future__ import annotations
 
+import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+
+def command_line(what: str, quick: str) -> argparse.ArgumentParser:
+    """Returns a parser of `--json` and `--quick`.
+
+    Args:
+        what: What the benchmark says.
+        quick: What is left of it under `--quick`.
+    """
+    parser = argparse.ArgumentParser(description=what)
+    parser.add_argument("--json", type=Path, help="where to write the result")
+    parser.add_argument("--quick", action="store_true", help=f"{quick}: a smoke test")
+    return parser
+
+
+def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns a table in Markdown.
+
+    Example:
+        >>> print(markdown(["a", "b"], [["1", "2"]]))
+        | a | b |
+        | --- | --- |
+        | 1 | 2 |
+    """
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [titles, ["---"] * len(titles), *rows])
 
 
 def save(result: Any, path: Path | None) -> None:

@@ -16,11 +16,9 @@ The last two measure the MLP of `benchmarks/networks.py`, young (3 updates) and 
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +26,7 @@ from torch import Tensor
 
 from benchmarks.curvature import TOL, truth
 from benchmarks.networks import TASKS, Point
-from benchmarks.results import save
+from benchmarks.results import command_line, markdown, save
 from safe_lr.closures import leave_no_trace
 from safe_lr.eigenproblem import COLD_MATVECS
 from safe_lr.lanczos import Matvec, lanczos, several, start_vector
@@ -173,27 +171,18 @@ def solves(quick: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as Markdown."""
-    lines = ["| " + " | ".join(rows[0]) + " |", "| --- " * len(rows[0]) + "|"]
-    return "\n".join(
-        lines
-        + [
-            "| " + " | ".join(f"{x:.3g}" if isinstance(x, float) else f"{x}" for x in row.values()) + " |"
-            for row in rows
-        ]
-    )
+    cells = [[f"{x:.3g}" if isinstance(x, float) else f"{x}" for x in row.values()] for row in rows]
+    return markdown(list(rows[0]), cells)
 
 
 def main() -> None:
     """Measures, prints and saves."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="where to write the result")
-    parser.add_argument("--quick", action="store_true", help="tiny networks: a smoke test")
-    options = parser.parse_args()
+    args = command_line(__doc__.splitlines()[0], "tiny networks").parse_args()
     torch.set_num_threads(1)
-    ranks, starts = solves(options.quick)
-    result = {"torch": torch.__version__, "quick": options.quick}
-    result |= {"several": ranks, "start": starts, "layout": layouts(options.quick)}
-    save(result, options.json)
+    ranks, starts = solves(args.quick)
+    result = {"torch": torch.__version__, "quick": args.quick}
+    result |= {"several": ranks, "start": starts, "layout": layouts(args.quick)}
+    save(result, args.json)
     print(*(table(result[name]) for name in ("layout", "several", "start")), sep="\n\n")
 
 

@@ -430,7 +430,8 @@ def test_every_change_of_the_learned_margin_is_a_decision(case: Case, margin_max
         assert 0 < margin == min(most, now * state.share)
         assert all(d.beyond_linear_limit == (d.margin > 1) for d in told)
         last, moved = now, moved + len(told)
-    assert moved > 0 or margin_max <= 1 or case.make is SGD  # whose trial steps never find room or fail here
+    plain = case.make is SGD and not case.options  # its planned steps never fail here, and twice those cut nothing
+    assert (state.multiple == MULTIPLE_START if plain else moved > 0) or margin_max <= 1
     assert margin_max > 1 or net.guard.summary().worst_utilisation <= margin_max * (1 + 1e-9)
 
 

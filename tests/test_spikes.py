@@ -35,7 +35,9 @@ def test_batches_are_the_same_for_every_method_and_shift_at_half_time() -> None:
 @pytest.mark.slow
 def test_a_poisoned_batch_is_what_rewind_drops() -> None:
     results = {method: run(method, 0.01, 0, 300, poison=True) for method in spikes.METHODS}
-    assert results["rewind"].drops == 1 and results["rewind"].final < 0.75 * results["safe_lr"].final
+    clean = run("rewind", 0.01, 0, 300)  # what the run would be without that batch's harm: at most 1 % is lost
+    assert results["rewind"].drops == 1 and results["rewind"].final == pytest.approx(clean.final, rel=0.01)
+    assert results["safe_lr"].final > 1.5 * clean.final  # without rewind it is felt
     assert results["safe_lr"].final < 0.5 * results["bare"].final and results["bare"].worst > 100
     assert run("bare", 0.01, 0, 300, poison=True).final == results["bare"].final
 
