@@ -368,14 +368,10 @@ def between(found: dict[str, Any]) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Returns a section for docs/benchmarks.md."""
+    """Returns the verdict and the tables, for docs/benchmarks.md."""
     names = list(result["overall"])
     seeds = ", ".join(map(str, result["seeds"]))
     lines = [
-        "## Betas and eps that move",
-        "",
-        "    python -m benchmarks.betas --json docs/results/betas.json",
-        "",
         says(result["betas_default"]) + " What is said of curvature is measured at the end of the runs.",
         "",
         f"Loss over the last tenth of {result['steps']} steps, in units of that with betas and eps left alone, on the "
@@ -412,7 +408,7 @@ def markdown(result: dict[str, Any]) -> str:
         if more["low"] is not None:
             lines[-1] += f", a difference of {more['mean']:+.2f} ({more['low']:+.2f} to {more['high']:+.2f})"
         lines[-1] += "."
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def says(verdict: dict[str, Any]) -> str:
@@ -444,7 +440,7 @@ def tuned_lrs(rows: Sequence[Row], steps: int, workers: int) -> dict[Row, int]:
 
 def main() -> None:
     parser = command_line("What moving betas and eps is worth, beside fixed betas.", "one row, one seed, 60 steps")
-    parser.add_argument("--markdown", type=Path, help="where to write it as a section for the docs")
+    parser.add_argument("--markdown", type=Path, help="where to write verdict and tables")
     parser.add_argument("--full", action="store_true", help="every row that has betas or an eps")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--steps", type=int, default=STEPS)
@@ -466,7 +462,7 @@ def main() -> None:
     save(result, args.json)
     if args.markdown is not None:
         args.markdown.parent.mkdir(parents=True, exist_ok=True)
-        args.markdown.write_text(page)
+        args.markdown.write_text(page + "\n")
 
 
 if __name__ == "__main__":

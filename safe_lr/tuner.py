@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ from safe_lr.ensemble import Ensemble
 from safe_lr.movers import real_state
 from safe_lr.preconditioners import Preconditioner
 from safe_lr.preconditioners.moves import age, movable_decays, move_decays, move_eps, typical_root
-from safe_lr.tuning import SETTLING, Dial, Tuning, clipped, decay_at, eps_at, memory
+from safe_lr.tuning import SETTLING, STEP, STEP_FRESH, Dial, Tuning, clipped, decay_at, eps_at, memory
 
 LOWEST = 0.1
 """eps stays below the root of the second moment of all but this part of the coordinates: it lifts P's smallest entries,
@@ -92,6 +92,10 @@ class Setting(ABC):
     def words(self, before: Values, after: Values) -> str:
         """Says a move."""
 
+    def step(self, free: Sequence[Part]) -> float:
+        """The largest move of the dial, with these groups on it."""
+        return STEP
+
     def look(self, ensemble: Ensemble) -> list[Told]:
         """Takes in groups that are new, or that someone else has written; returns what is to be said of them."""
         said: dict[str, list[int]] = {}
@@ -126,7 +130,7 @@ class Setting(ABC):
         except UNREADABLE:
             return None
         wait = max((memory(b, seen) for b, seen in decays if b is not None), default=0.0)
-        dial, reason = self.dial.turned(press, why, updates=updates, wait=wait, held=held)
+        dial, reason = self.dial.turned(press, why, updates=updates, wait=wait, held=held, step=self.step(free))
         by = dial.position - self.dial.position
         if by:
             moves = dict.fromkeys(said for part in free if (said := self._moved(part, by)) is not None)
@@ -193,6 +197,10 @@ class Betas(Setting):
     def at(self, part: Part, own: Values, position: float) -> Values:
         ends = self.tuning.ends(own[0], own[1])
         return [None if b is None else decay_at(position, b, end) for b, end in zip(own, ends, strict=True)]
+
+    def step(self, free: Sequence[Part]) -> float:
+        fresh = any(p.model.weighs_fresh and self.accounts[p.index].own[0] is not None for p in free)
+        return STEP_FRESH if fresh else STEP
 
     def write(self, part: Part, values: Values) -> bool:
         first, second = values

@@ -16,6 +16,10 @@ STEP = 1 / 8
 """Largest move of a dial. From (.9, .999) towards (.95, .99) the first update then changes by less than 1 % even where
 gradients are nothing but noise (tests/test_betas.py); with a sixth it would be 1.1 %."""
 
+STEP_FRESH = STEP / 4
+"""The same where b1 is also the weight of the fresh gradient (NAdam): on noise alone the first update follows that
+weight, and changes by 4 % after a whole STEP."""
+
 PRESSES = 1.5
 """From this ratio of desired lr to cap on, the cap holds lr back enough to move something (a guess, like the next two:
 no benchmark has chosen between them) ..."""
@@ -204,7 +208,7 @@ class Dial:
         return replace(self, gamma=mean)
 
     def turned(
-        self, press: float, why: str, *, updates: int, wait: float, held: bool = False
+        self, press: float, why: str, *, updates: int, wait: float, held: bool = False, step: float = STEP
     ) -> tuple[Dial, str | None]:
         """Returns the dial after a measurement, and why it moved or stayed; None where nothing is to be said.
 
@@ -216,6 +220,7 @@ class Dial:
             updates: Updates made so far.
             wait: Updates that a move needs to show what it does.
             held: Whether it may not move forward now.
+            step: The largest move.
 
         Example:
             >>> dial, reason = Dial().saw(10.0).turned(4.0, "the cap binds", updates=50, wait=100)
@@ -233,9 +238,10 @@ class Dial:
             by, failures = -self.moved, min(PATIENCE, failures + 1)
             reason = f"{since}, which did not help and is taken back"
         elif press <= SLACK and self.position > 0:
-            by, reason = -STEP, why if since is None else f"{since}; {why}"
+            by, reason = -step, why if since is None else f"{since}; {why}"
         elif press >= PRESSES and self.position < 1 and not held:
-            by, reason = STEP * min(1.0, math.log(press) / math.log(HARD)), why if since is None else f"{since}; {why}"
+            by = step * min(1.0, math.log(press) / math.log(HARD))
+            reason = why if since is None else f"{since}; {why}"
         else:
             return replace(self, moved=0.0, before=None, failures=failures), since
         position = clipped(self.position + by)

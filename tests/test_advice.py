@@ -113,7 +113,7 @@ def test_betas():
     assert said(summary(**still), "betas") == []
     assert said(capped(**still), "betas") == [
         "Betas stayed at (0.9, 0.999): tune_betas=True lets them move towards (0.95, 0.99) while the cap binds; "
-        "no gain from that was measured yet."
+        "in nine benchmarks that gained nothing."
     ]
     assert said(capped(**still | {"beta2": 0.99, "beta2_first": 0.99}), "betas") == []  # there is no room
     assert said(capped(beta1=0.9, beta1_first=0.9), "betas") == []  # momentum alone

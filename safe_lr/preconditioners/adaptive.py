@@ -188,6 +188,8 @@ class NAdam(Adam):
     Class: exact.
     """
 
+    weighs_fresh = True
+
     def _weights(self, group: Group, state: State) -> tuple[float, float]:
         t, b1, psi = coming(state), float(group["betas"][0]), float(group["momentum_decay"])
         mu, mu_next = (b1 * (1 - 0.5 * 0.96 ** (s * psi)) for s in (t, t + 1))

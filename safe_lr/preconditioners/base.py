@@ -51,6 +51,9 @@ class Preconditioner(ABC):
     """Options that may be moved in the middle of a run: `betas`, or `alpha` (a second moment's decay alone), whose
     averages then go on by `corrections`; `eps`, with which P rises."""
 
+    weighs_fresh: ClassVar[bool] = False
+    """Whether b1 is also the weight of the fresh gradient, which no correction keeps as it was."""
+
     @abstractmethod
     def diagonal(self, group: Group, state: State, g: Tensor) -> Tensor:
         """Returns P of the coming step: positive, broadcastable to g's shape. g enters the second moment."""
