@@ -75,7 +75,7 @@ class State:
         self.seconds += found.seconds
         if found.failure is None:
             self.course.measured(
-                differences=found.num_matvecs > 0 and found.hvp in DIFFERENCES,
+                differences=found.num_matvecs > 0 and found.hvp == "finite-difference",
                 inferred=found.inferred,
                 unrepeatable=found.note == NOT_DETERMINISTIC,
                 summed=found.gradient_ratio if (found.gradient_ratio or 0.0) > SUMMED else None,

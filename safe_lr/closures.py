@@ -119,6 +119,7 @@ class Untouched:
 
     Attributes:
         remember: Takes in a module that is to be put back, although no closure may name or call it.
+        reset: Puts back the modules met so far, as they will be at the end.
     """
 
     def __init__(
@@ -127,8 +128,10 @@ class Untouched:
         values: Sequence[Tensor],
         rng: RandomState,
         remember: Callable[[nn.Module], None],
+        reset: Callable[[], None],
     ) -> None:
-        self._params, self._values, self._rng, self.remember = params, values, rng, remember
+        self._params, self._values, self._rng = params, values, rng
+        self.remember, self.reset = remember, reset
 
     def call(self, closure: Callable[[], Any]) -> Any:
         """Returns what the closure returns, evaluated from the random state at entry.
@@ -261,6 +264,10 @@ def leave_no_trace(params: Sequence[Tensor]) -> Iterator[Untouched]:
                 modules[child] = state = _ModuleState(child)
                 back.callback(state.restore)
 
+    def reset() -> None:
+        for state in modules.values():
+            state.restore()
+
     with contextlib.ExitStack() as back:  # undoes all of it, last first, also when one part fails
         back.callback(rng.restore)
         for parameter, value in zip(params, values, strict=True):
@@ -274,4 +281,4 @@ def leave_no_trace(params: Sequence[Tensor]) -> Iterator[Untouched]:
         back.enter_context(torch.enable_grad())
         back.enter_context(sdpa_kernel(SDPBackend.MATH))
         back.enter_context(torch.compiler.set_stance("force_eager"))
-        yield Untouched(params, values, rng, remember)
+        yield Untouched(params, values, rng, remember, reset)

@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from safe_lr.accounts import State
-from safe_lr.measurement import COST_OF_LOSS, Measurement
+from safe_lr.measurement import Measurement
 from safe_lr.policies import (
+    FAILED,
     FREE_UPDATES,
     HALVINGS,
     MARGIN_MIN,
@@ -36,6 +37,7 @@ from safe_lr.policies import (
     noise_share,
     rungs,
 )
+from safe_lr.settings import COST_OF_LOSS
 from safe_lr.stability import UpdateRule
 from safe_lr.tuning import pressure
 
@@ -330,12 +332,14 @@ class Controller:
             trial = "fine"  # so it looked before the step that did harm, too
         if not self.young:
             state.course.tried(found.trial_lr / planned, failed=found.trial_failed is True)
-        state.trial, unit = trial, state.share * found.lr_limit
+        again, unit = state.trial in FAILED, state.share * found.lr_limit
+        state.trial = trial
         searched = found.trial_lr * self.policy.trial_slack / unit if self.young and not found.trial_failed else None
         state.multiple = learned_multiple(
             state.multiple,
             trial,
             used=planned / unit,
+            again=again,
             least=None if jump is None else MARGIN_MIN / state.share,
             found=searched,
         )

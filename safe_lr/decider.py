@@ -20,12 +20,13 @@ from safe_lr.hooks import warn_user
 from safe_lr.instrument import UNSCALED, Instrument
 from safe_lr.loggers import is_stop_request
 from safe_lr.loggers.broadcast import Broadcast
-from safe_lr.measurement import COST_OF_GRAPH, Measurement
+from safe_lr.measurement import Measurement
 from safe_lr.movers import MeasurementFailed
 from safe_lr.preconditioners import decays
 from safe_lr.rates import Rates
 from safe_lr.rewind import RewindsExhausted, Trouble
 from safe_lr.rewinder import Rewinder
+from safe_lr.settings import COST_OF_GRAPH
 from safe_lr.stability import UpdateRule
 from safe_lr.tuner import Tuner
 

@@ -154,15 +154,34 @@ class Eigenproblem:
         # Shape, dtype and device of a vector, without its memory.
         self.like = torch.empty(1, dtype=dtype, device=self.movers[0].param.device).expand(sum(self.sizes))
         self.num_matvecs = 0
-        self.checks = int(curvature.again is not None)  # products that each solve ends with
+        self.num_exact = 0  # of them exact ones that checked differences
+        self.exact = self._exact_curvature()
+        # Products that check each solve: one at its end, and where they are exact one at its start.
+        self.checks = int(curvature.again is not None) + int(self.exact is not None)
         self.smallest, self.smallest_in_shares = self._smallest_p()
         self.smallest_curved: float | None = None  # known after the first product
         self.vectors: dict[str, Tensor] = {}
         self.lowest: EigenEstimate | None = None  # H's smallest
 
+    @property
+    def cost(self) -> float:
+        """Gradient evaluations spent on products so far, and on what checks them."""
+        cost = self.curvature.cost_of_product * (self.num_matvecs - self.num_exact)
+        return cost if self.exact is None else cost + self.exact.cost + self.exact.cost_of_product * self.num_exact
+
+    def _exact_curvature(self) -> Curvature | None:
+        """What differences are to be checked by; None where they need not be, or cannot."""
+        if self.curvature.exact is None:
+            return None
+        try:
+            return self.curvature.exact()
+        except (MemoryError, RuntimeError):
+            return None  # then two steps have to agree
+
     def coming_steps(self, lr: float) -> list[Tensor | None]:
         """Each mover's change in a step of length lr, None where it stays; ends the problem and frees its graph."""
-        self.__dict__.pop("curvature", None)
+        for name in ("curvature", "exact"):
+            self.__dict__.pop(name, None)
         grads = iter(self.grads)
         return [
             m.coming_step(next(grads), lr) if keep else None for m, keep in zip(self.everyone, self.kept, strict=True)
@@ -289,7 +308,10 @@ class Eigenproblem:
             "max_basis": self.max_basis,
             "overwrite_v0": True,
         }
-        matvec = functools.partial(self._matvec, scaling=scaling)
+        self.start_off = 0.0
+        matvec: Matvec = functools.partial(self._matvec, scaling=scaling)
+        if self.exact is not None:
+            matvec = self._compared(matvec, scaling)
         if both:
             estimate, self.lowest = both_ends(matvec, v0, **options)
         else:
@@ -303,28 +325,63 @@ class Eigenproblem:
                 self.num_matvecs,
             )
         if self.checks:
-            self._check(estimate, scaling)
+            estimate = self._checked(estimate, scaling)
         self.vectors[name] = estimate.vector
         return estimate
 
-    def _check(self, estimate: EigenEstimate, scaling: _Scaling) -> None:
-        """Makes the eigenvector's product once more, by other numbers, and compares.
+    def _compared(self, matvec: Matvec, scaling: _Scaling) -> Matvec:
+        """The products, the first of which is made exactly too, to see how far off it is."""
+        seen = False
+
+        def comparing(v: Tensor) -> Tensor:
+            nonlocal seen
+            found = matvec(v)
+            if not seen:
+                seen = True
+                self.start_off = float(torch.linalg.vector_norm(self._exactly(v, scaling) - found))
+            return found
+
+        return comparing
+
+    def _exactly(self, v: Tensor, scaling: _Scaling) -> Tensor:
+        assert self.exact is not None
+        self.num_matvecs, self.num_exact = self.num_matvecs + 1, self.num_exact + 1
+        return self._matvec(v, scaling, self.exact.product)
+
+    def _checked(self, estimate: EigenEstimate, scaling: _Scaling) -> EigenEstimate:
+        """Makes the eigenvector's product once more, by other numbers; compares, and takes out the error that shows.
 
             A' v - value v = (A' v - A v) + (A v - value v)
 
-        The last term's norm is the residual: what is left of the first one's is an error of the products.
+        The last term's norm is the residual: what is left of the first one's is an error of the products. Richardson's
+        extrapolation of v' A v, of which one has `remainder` times the error of the other (none, where it is exact):
+
+            value = (v' A' v - remainder v' A v) / (1 - remainder)
+
+        Exact products tell more than kinks: differences also follow what a closure detaches, which H does not. They
+        check the first product too, since an eigenvector of both need not be the top one of both.
         """
-        found = self._matvec(estimate.vector, scaling, self.curvature.again)
-        self.num_matvecs += 1
-        off = float(torch.linalg.vector_norm(found - estimate.value * estimate.vector))
-        gap = (off - estimate.residual) / estimate.value
+        if self.exact is not None:
+            found, part = self._exactly(estimate.vector, scaling), 0.0
+        else:
+            found, part = self._matvec(estimate.vector, scaling, self.curvature.again), self.curvature.remainder
+            self.num_matvecs += 1
+        along = torch.dot(estimate.vector, found)
+        off = torch.linalg.vector_norm(found - estimate.value * estimate.vector)
+        rest = torch.linalg.vector_norm(found.sub_(estimate.vector * along))
+        again, off_by, residual = torch.stack([along, off, rest]).double().tolist()
+        gap = max(off_by - estimate.residual, self.start_off) / estimate.value
         if not gap <= DISAGREEMENT:
+            other = "exact products" if self.exact is not None else "those by another step"
             raise MeasurementFailed(
-                f"finite differences at two step sizes give products that differ by {gap:.0%}: the loss has kinks "
-                "(ReLU), or rounding errors are magnified by a tiny P or by half precision. Use a closure that can be "
+                f"products by finite differences and {other} differ by {gap:.0%}: the loss has kinks (ReLU), or "
+                "rounding errors are magnified by a tiny P or by half precision. Use a closure that can be "
                 "differentiated twice",
                 self.num_matvecs,
             )
+        value = (again - part * estimate.value) / (1 - part)
+        residual = math.hypot(max(residual, estimate.residual), again - value)
+        return replace(estimate, value=value, residual=residual, converged=residual <= self.tol * value)
 
     def _matvec(self, v: Tensor, scaling: _Scaling, product: Product | None = None) -> Tensor:
         """Beside v, two more vectors live at once, of which one is returned; a third where l2 decay needs the parts."""

@@ -27,7 +27,7 @@ from safe_lr.hooks import around_updates
 from safe_lr.instrument import Instrument
 from safe_lr.loggers import Logger, resolve
 from safe_lr.loggers.broadcast import Broadcast
-from safe_lr.measurement import Measurement, Settings, measure
+from safe_lr.measurement import Measurement, measure
 from safe_lr.neighbours import Neighbours
 from safe_lr.objective import Closures, as_list
 from safe_lr.policies import Policy
@@ -35,6 +35,7 @@ from safe_lr.preconditioners import Preconditioner
 from safe_lr.rates import Rates
 from safe_lr.rewind import rewinds_allowed
 from safe_lr.rewinder import Rewinder
+from safe_lr.settings import Settings
 from safe_lr.tuner import Tuner
 from safe_lr.tuning import Range, Tuning
 

@@ -10,19 +10,18 @@ from torch import Tensor
 from safe_lr.accounts import State
 from safe_lr.closures import Closure
 from safe_lr.ensemble import Ensemble
-from safe_lr.measurement import (
+from safe_lr.measurement import Measurement, measure_step
+from safe_lr.movers import Mover, movers
+from safe_lr.operators import DIFFERENCES
+from safe_lr.settings import (
     COST_OF_GRAPH,
     COST_OF_LEAN_PRODUCT,
     COST_OF_LOSS,
     COST_OF_ONE_SIDED_PRODUCT,
     COST_OF_PRODUCT,
-    Measurement,
     Settings,
     least_matvecs,
-    measure_step,
 )
-from safe_lr.movers import Mover, movers
-from safe_lr.operators import DIFFERENCES
 from safe_lr.trials import search_step, try_steps
 
 SCALED = 100.0
@@ -135,6 +134,6 @@ class Instrument:
 
     def _hvp(self, state: State) -> str:
         """How products will be made, as far as that is known."""
-        if self.settings.hvp == "auto" and state.hvp == "finite-difference":
-            return state.hvp
+        if self.settings.hvp == "auto" and state.hvp in DIFFERENCES:
+            return str(state.hvp)
         return self.settings.hvp

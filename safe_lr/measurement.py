@@ -7,115 +7,22 @@ import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from safe_lr.closures import ClosureError, leave_no_trace
-from safe_lr.eigenproblem import BOUNDS, MIN_MATVECS, Eigenproblem
+from safe_lr.closures import leave_no_trace
+from safe_lr.eigenproblem import BOUNDS
 from safe_lr.ensemble import Ensemble
 from safe_lr.movers import MeasurementFailed, Mover, ascends, movers, shares
 from safe_lr.objective import Closures, Objective, as_list
-from safe_lr.operators import CURVATURES, DIFFERENCES, Fused
 from safe_lr.preconditioners import Preconditioner
-
-HVPS = ("auto", "exact", "lean", *DIFFERENCES)
-
-# In gradient evaluations, medians of four networks from an MLP to a 5 M transformer (docs/performance.md).
-COST_OF_GRAPH = 1.0
-COST_OF_PRODUCT = 2.0
-COST_OF_LEAN_PRODUCT = 3.0
-COST_OF_ONE_SIDED_PRODUCT = 1.0
-COST_OF_LOSS = 1 / 3
-
-DIFFERENCES_TOL = 0.01
-"""From this tolerance on "auto" makes products through a fused LSTM by central differences. In eleven measurements the
-limit was within half a percent of that by exact products, lambda_max within 2.1 %, 2.4 to 3.6 times as fast."""
+from safe_lr.settings import COST_OF_GRAPH, COST_OF_LOSS, Settings
+from safe_lr.solving import solve
 
 NOT_DETERMINISTIC = (
     "the closure gave two losses for one random state: it draws from a stream of its own, or changes what it reads"
 )
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to measure. Checked when made.
-
-    Attributes:
-        bound: `lemma1` (2 p_min / lambda_max, Eq. 20-21), `coherence` (2 / gamma, Eq. 17) or `momentum` (c / gamma,
-            Sec. 3.9).
-        curvature: `hessian`, `gauss-newton`, `fisher` (labels sampled from the model) or `empirical-fisher`.
-        hvp: `exact` (double backward on one retained graph), `lean` (the graph built anew for each product),
-            `finite-difference` (central, two gradients a product), `one-sided` (one gradient a product, to a
-            hundredth), or `auto`: exact, lean where memory runs out, central differences where nothing else works.
-            Where `tol` is a hundredth or more, differences come first for an LSTM whose kernel is fused (oneDNN's, on
-            the CPU): its second derivative is not, and takes 4-7 gradients a product. Where they fail their check
-            (kinks), products are exact after all, and stay so in a run.
-        tol: Relative residual at which the eigen-solver stops.
-        max_matvecs: Largest number of products for one measurement.
-        max_basis: Largest number of Krylov vectors kept at a time; None keeps all (one a product).
-        cautious: Whether the limits come from `value + residual` (the scheduler) or from the value itself.
-        smallest: Whether H's smallest eigenvalue is found too, from the Krylov space of its largest.
-
-    Raises:
-        ValueError: A choice that does not exist (the message lists the choices), or a number out of range.
-    """
-
-    bound: str = "momentum"
-    curvature: str = "hessian"
-    hvp: str = "auto"
-    tol: float = 1e-3
-    max_matvecs: int = 500
-    max_basis: int | None = None
-    cautious: bool = False
-    smallest: bool = False
-
-    def __post_init__(self) -> None:
-        for name, choices in (("bound", BOUNDS), ("curvature", CURVATURES), ("hvp", HVPS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}")
-        if not isinstance(self.tol, (int, float)):
-            raise TypeError(f"tol must be a number in (0, 1), got {self.tol!r}")
-        if not 0 < self.tol < 1:
-            raise ValueError(f"tol must lie in (0, 1), got {self.tol!r}")
-        if not isinstance(self.max_matvecs, int):
-            raise TypeError(f"max_matvecs must be an integer, got {self.max_matvecs!r}")
-        if self.curvature != "hessian" and self.hvp in DIFFERENCES:
-            raise ValueError(f"hvp={self.hvp!r} is for curvature='hessian', got curvature={self.curvature!r}")
-        if self.max_basis is not None and (not isinstance(self.max_basis, int) or self.max_basis < 2):
-            raise ValueError(f"max_basis must be an integer of at least 2 (vectors), or None; got {self.max_basis!r}")
-        if self.smallest and self.max_basis == 2:
-            raise ValueError("smallest=True needs a max_basis of at least 3, for a restart keeps both ends; got 2")
-        if self.max_matvecs < self.least_matvecs:
-            raise ValueError(
-                f"max_matvecs must be at least {self.least_matvecs} under bound={self.bound!r}, for fewer products "
-                f"tell no eigenvalue; got {self.max_matvecs!r}"
-            )
-
-    @property
-    def least_cost(self) -> float:
-        """Gradient evaluations of the cheapest measurement: a graph, the least products, a trial step.
-
-        Lemma 1 needs lambda_max beside gamma.
-        """
-        product = COST_OF_ONE_SIDED_PRODUCT if self.hvp == "one-sided" else COST_OF_PRODUCT
-        return COST_OF_GRAPH + product * self.least_matvecs + COST_OF_LOSS
-
-    @property
-    def least_matvecs(self) -> int:
-        """Fewest products that tell what the bound needs, the check of a difference included."""
-        return least_matvecs(self.bound, self.hvp)
-
-
-def least_matvecs(bound: str, hvp: str) -> int:
-    """Returns the fewest products that tell what a bound needs: differences are checked with one more per eigenvalue.
-
-    Example:
-        >>> least_matvecs("momentum", "exact"), least_matvecs("lemma1", "one-sided")
-        (3, 8)
-    """
-    return (MIN_MATVECS + (hvp in DIFFERENCES)) * (1 + (bound == "lemma1"))
 
 
 @dataclass(frozen=True)
@@ -308,13 +215,21 @@ def measure_step(
                 raise MeasurementFailed("no parameter that requires grad is in a group with lr > 0: nothing moves")
             found = replace(found, maximize=ascends(moving))
             options = {"seed": seed, "also": also, "warm": warm or {}}
-            found, problem = _solved_somehow(found, objective, moving, settings, last_hvp, **options)
+            solution = solve(objective, moving, settings, last_hvp, **options)
+            found = replace(
+                found,
+                **solution.figures,
+                loss=solution.loss,
+                hvp=solution.hvp,
+                num_matvecs=solution.spent.num_matvecs,
+                cost=solution.spent.cost,
+            )
             with contextlib.suppress(RuntimeError, MemoryError):  # out of memory: the limit stands by itself
                 if check:
                     found = replace(found, cost=found.cost + COST_OF_LOSS)
                     if not objective.deterministic(found.loss or math.nan):
                         found = replace(found, note=NOT_DETERMINISTIC)
-                steps = problem.coming_steps
+                steps = solution.problem.coming_steps
                 while try_lr is not None and (lr := try_lr(found)) is not None:
                     found = replace(found, cost=found.cost + COST_OF_LOSS)
                     found = replace(found, trial_lr=lr, trial_loss=objective.loss_after(steps(lr)))
@@ -323,123 +238,3 @@ def measure_step(
         except ArithmeticError as failed:
             found = replace(found, failure=str(failed), cost=found.cost + COST_OF_GRAPH)
     return replace(found, seconds=time.perf_counter() - started)
-
-
-def _solved_somehow(
-    found: Measurement,
-    objective: Objective,
-    moving: Sequence[Mover],
-    settings: Settings,
-    last_hvp: str | None,
-    **options: Any,
-) -> tuple[Measurement, Eigenproblem]:
-    """Solves by the first way of making products that works.
-
-    Differences come first where they worked last time, or where a fused kernel makes them much cheaper and there is
-    room for exact products behind them, should they fail.
-    """
-    if settings.hvp != "auto":
-        return _solved(found, objective, moving, settings, settings.hvp, **options)
-    least, room = settings.least_matvecs, settings.max_matvecs - 1  # one for what is spent on finding out
-    if last_hvp != "finite-difference":
-        fused = last_hvp is not None or settings.tol < DIFFERENCES_TOL or room < 2 * least + 1
-        try:
-            return _solved_by_default(found, objective, moving, settings, fused=fused, **options)
-        except Fused:
-            found, settings = (
-                replace(found, cost=found.cost + COST_OF_LOSS),
-                replace(settings, max_matvecs=room - least),
-            )
-    try:
-        return _solved(found, objective, moving, settings, "finite-difference", **options)
-    except MeasurementFailed as failed:
-        room -= failed.num_matvecs
-        if not failed.num_matvecs or room < least:
-            raise
-        doubted = failed
-    found = replace(found, cost=doubted.cost, num_matvecs=doubted.num_matvecs)
-    try:
-        return _solved_by_default(
-            found, objective, moving, replace(settings, max_matvecs=room), differences=False, **options
-        )
-    except (MemoryError, RuntimeError) as error:
-        doubted.cost += COST_OF_GRAPH
-        raise doubted from error
-
-
-def _solved_by_default(
-    found: Measurement,
-    objective: Objective,
-    moving: Sequence[Mover],
-    settings: Settings,
-    *,
-    differences: bool = True,
-    **options: Any,
-) -> tuple[Measurement, Eigenproblem]:
-    """Solves by exact products, lean ones where memory runs out, else by differences."""
-    way = "exact" if len(objective.closures) == 1 else "lean"
-    first: Exception | None = None
-    while True:
-        try:
-            return _solved(found, objective, moving, settings, way, **options)
-        except (MemoryError, RuntimeError) as error:
-            if isinstance(error, (ClosureError, Fused)) or way == "finite-difference":
-                raise first or error from None
-            first = first or error
-            short = isinstance(error, MemoryError) or "memory" in str(error)
-            found = replace(found, cost=found.cost + COST_OF_GRAPH)
-            if (way == "lean" and short) or not (short or differences):
-                raise
-            way = "lean" if short else "finite-difference"
-        except ArithmeticError as error:
-            if first is None or isinstance(error, MeasurementFailed):
-                raise
-            raise MeasurementFailed(f"{error}; a second derivative failed too ({_first_line(first)})") from first
-
-
-def _solved(
-    found: Measurement,
-    objective: Objective,
-    moving: Sequence[Mover],
-    settings: Settings,
-    hvp: str,
-    *,
-    seed: int,
-    also: Collection[str],
-    warm: dict[str, Tensor],
-    fused: bool = True,
-) -> tuple[Measurement, Eigenproblem]:
-    """Solves with products made in one way; what was spent before, as `found` says, is counted with it."""
-    curvature = objective.curvature([m.param for m in moving], hvp, fused=fused)
-    before, products, per_product = found.cost + curvature.cost, found.num_matvecs, curvature.cost_of_product
-    found = replace(found, loss=curvature.loss, hvp=curvature.hvp)
-    try:
-        check_finite(curvature.loss)
-        problem = Eigenproblem(
-            moving,
-            curvature,
-            tol=settings.tol,
-            max_matvecs=settings.max_matvecs,
-            max_basis=settings.max_basis,
-            both_ends=settings.smallest,
-            cautious=settings.cautious,
-            seed=seed,
-            warm=warm,
-        )
-        del curvature
-        found = replace(found, **problem.solve(settings.bound, also), num_matvecs=products + problem.num_matvecs)
-    except MeasurementFailed as failed:
-        failed.cost = before + per_product * failed.num_matvecs
-        failed.num_matvecs += products
-        raise
-    return replace(found, cost=before + per_product * problem.num_matvecs), problem
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200]
-
-
-def check_finite(loss: float | None) -> None:
-    """Raises MeasurementFailed where a loss is NaN or Inf."""
-    if loss is None or not math.isfinite(loss):
-        raise MeasurementFailed(f"the loss is {loss}")

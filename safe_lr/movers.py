@@ -22,6 +22,7 @@ class MeasurementFailed(ArithmeticError):
         super().__init__(reason)
         self.num_matvecs = num_matvecs
         self.cost = 1.0 + 2.0 * num_matvecs  # gradient evaluations
+        self.hvp = "exact"
 
 
 def shares(lrs: Sequence[float], initial_lrs: Sequence[float]) -> tuple[float, list[float]]:

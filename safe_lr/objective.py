@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,10 +19,17 @@ from safe_lr.operators import (
     finite_difference_hessian,
     fisher,
     gauss_newton,
+    graph_time,
     lean_hessian,
-    refuse_fused,
     sampled_losses,
+    slow_to_differentiate_twice,
+    smooth,
 )
+
+DIFFERENCES_SIZE = 50_000
+"""From this number of parameters one-sided differences are taken. On smaller networks Python takes longer than the
+arithmetic, and exact products, which call the closure once, are as fast: MLPs break even at 20,000 (batches of 256) to
+100,000 (16)."""
 
 Closures = Closure | Sequence[Closure]
 
@@ -64,6 +72,9 @@ class Objective:
 
     def __init__(self, closures: Closures, untouched: Untouched, kind: str = "hessian", seed: int = 0) -> None:
         self.closures, self.untouched, self.kind, self.seed = as_list(closures), untouched, kind, seed
+        self.differing = (
+            False  # whether the last curvature's products are differences, taken because the loss is smooth
+        )
 
     def loss(self) -> float:
         """Returns the mean loss, without keeping a graph."""
@@ -79,36 +90,57 @@ class Objective:
         again = self.loss()
         return abs(again - loss) <= 1e-5 * max(abs(loss), abs(again), 1e-30)
 
-    def curvature(self, params: Sequence[Tensor], hvp: str, *, fused: bool = True) -> Curvature:
+    def curvature(
+        self, params: Sequence[Tensor], hvp: str, *, differences: bool = False, verify: bool = False
+    ) -> Curvature:
         """Returns the curvature, its products made as `hvp` says.
 
         Args:
             params: Leaf tensors.
             hvp: `exact` (a retained graph), `lean` (rebuilt), `finite-difference` (central) or `one-sided`; all but the
                 Hessian are exact or lean.
-            fused: Whether exact and lean products may go through a fused kernel, which takes their time.
+            differences: Whether one-sided products are taken instead where the (first) loss's graph is smooth and they
+                are cheaper: there are `DIFFERENCES_SIZE` parameters, or a kernel is slow to differentiate twice.
+            verify: Whether those are to be checked by exact ones.
 
         Raises:
-            NoSecondDerivative: The graph cannot be differentiated twice, or `Fused` says that it should not be.
+            NoSecondDerivative: The graph cannot be differentiated twice.
             ClosureError: A closure broke its contract.
         """
+        self.differing = False
         if hvp in DIFFERENCES:
             if self.kind != "hessian":
                 raise NoSecondDerivative(f"curvature={self.kind!r} has no {hvp} products")
-            one_sided = hvp == "one-sided"
-            return _mean(
-                [finite_difference_hessian(self._again(c), params, one_sided=one_sided) for c in self.closures]
-            )
-        if len(self.closures) == 1 and hvp == "exact":
-            return self._exact(self.closures[0], params, 0, fused=fused)
-        return _mean([self._lean(c, params, k, fused=fused) for k, c in enumerate(self.closures)])
+            return self._by_differences(params, one_sided=hvp == "one-sided")
+        loss = None
+        if differences and self.kind == "hessian":
+            since = graph_time()
+            loss = as_loss(self.untouched.call(self.closures[0]))
+            large = sum(p.numel() for p in params) >= DIFFERENCES_SIZE
+            if smooth(loss, since) and (large or slow_to_differentiate_twice(loss)):
+                self.differing = True
+                found = self._by_differences(params, one_sided=True, loss=loss)
+                return replace(found, exact=lambda: self._twice(params, hvp)) if verify else found
+        return self._twice(params, hvp, loss)
 
-    def _exact(self, closure: Closure, params: Sequence[Tensor], index: int, *, fused: bool = True) -> Curvature:
-        returned = self.untouched.call(closure)
+    def _twice(self, params: Sequence[Tensor], hvp: str, loss: Tensor | None = None) -> Curvature:
+        """By differentiating twice; `loss` is what the first closure returned, where it has been called."""
+        if len(self.closures) == 1 and hvp == "exact":
+            return self._exact(self.closures[0], params, 0, loss)
+        return _mean([self._lean(c, params, k) for k, c in enumerate(self.closures)])
+
+    def _by_differences(self, params: Sequence[Tensor], *, one_sided: bool, loss: Tensor | None = None) -> Curvature:
+        first, *rest = self.closures
+        parts = [finite_difference_hessian(self._again(first), params, one_sided=one_sided, loss=loss)]
+        del loss
+        return _mean(parts + [finite_difference_hessian(self._again(c), params, one_sided=one_sided) for c in rest])
+
+    def _exact(self, closure: Closure, params: Sequence[Tensor], index: int, returned: Any = None) -> Curvature:
+        """`returned` is what the closure did return, where it has been called."""
+        returned = self.untouched.call(closure) if returned is None else returned
         try:
             if self.kind == "hessian":
-                loss = as_loss(returned)
-                return exact_hessian(loss if fused else refuse_fused(loss), params)
+                return exact_hessian(as_loss(returned), params)
             if self.kind == "empirical-fisher":
                 losses = _per_example(returned)
                 return fisher(losses, params, losses.mean())
@@ -126,10 +158,9 @@ class Objective:
                 "lambda: criterion(model(x), y)"
             ) from error
 
-    def _lean(self, closure: Closure, params: Sequence[Tensor], index: int, *, fused: bool) -> Curvature:
+    def _lean(self, closure: Closure, params: Sequence[Tensor], index: int) -> Curvature:
         if self.kind == "hessian":
-            again = self._again(closure)
-            return lean_hessian(again if fused else lambda: refuse_fused(again()), params)
+            return lean_hessian(self._again(closure), params)
         first = self._exact(closure, params, index)
         value, gradient, used = first.loss, first.gradient, first.used
         del first
@@ -196,6 +227,7 @@ def _mean(parts: Sequence[Curvature]) -> Curvature:
         used,
         mean([part.product for part in parts]),
         again=mean(again) if again else None,
+        remainder=parts[0].remainder,
         cost_of_product=parts[0].cost_of_product,  # in gradients of the whole
         cost=parts[0].cost,
         hvp=parts[0].hvp,

@@ -16,7 +16,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from safe_lr.closures import Closure, Untouched, leave_no_trace, modules_in
 from safe_lr.controller import Controller
 from safe_lr.ensemble import Ensemble
-from safe_lr.measurement import COST_OF_LOSS
 from safe_lr.policies import ALARM_AFTER
 from safe_lr.rates import Rates
 from safe_lr.rewind import (
@@ -32,6 +31,7 @@ from safe_lr.rewind import (
     judge,
     outlying,
 )
+from safe_lr.settings import COST_OF_LOSS
 from safe_lr.snapshots import Buffers, Snapshot, check_room, free_memory
 from safe_lr.tuner import Tuner
 

@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from safe_lr.closures import leave_no_trace
-from safe_lr.measurement import COST_OF_LOSS, Measurement, check_finite
+from safe_lr.measurement import Measurement
 from safe_lr.movers import MeasurementFailed, Mover, ascends
 from safe_lr.objective import Closures, Objective
+from safe_lr.settings import COST_OF_LOSS
+from safe_lr.solving import check_finite
 
 SEARCHES = 20
 """Trial steps of one search for the largest lr that lowers the loss: down to a millionth of where it began, at the cost

@@ -38,6 +38,8 @@ ORDER = (
     "loggers",
     "trials",
     "measurement",
+    "solving",
+    "settings",
     "spectrum",
     "sharpness",
     "eigenproblem",

@@ -19,6 +19,7 @@ from safe_lr.policies import (
     MATURE,
     MULTIPLE_FAILED,
     MULTIPLE_LEAST,
+    MULTIPLE_LOW,
     MULTIPLE_MOST,
     MULTIPLE_START,
     ROOM,
@@ -115,6 +116,8 @@ def test_next_cap(cap: float | None, target: float, growth: float, free: bool, e
         (6.0, "tight", 0.0, {}, 6 / STEP),
         (2.1, "tight", 2.1, {}, MULTIPLE_LEAST),
         (1.1, "tight", 1.1, {}, 1.1),  # already below that floor
+        (2.1, "tight", 2.1, {"again": True}, 2.1 / STEP),
+        (0.3, "tight", 0.3, {"again": True}, MULTIPLE_LOW),
         (1.1, "bad", 1.1, {}, 1.1 / STEP),
         (0.6, "bad", 0.6, {}, MULTIPLE_FAILED),
         (0.6, "bad", 0.6, {"least": 0.01}, 0.6 / STEP),  # an alarm

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safe_lr.measurement import Settings
 from safe_lr.policies import Policy
 from safe_lr.scheduler import CoherenceScheduler
+from safe_lr.settings import Settings
 from safe_lr.sweeps.spaces import DISTRIBUTIONS, distribution
 
 PREFIX = "safe_lr."

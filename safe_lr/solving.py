@@ -1,0 +1,217 @@
+"""Solving a measurement's eigenproblems by the first way of making products that works."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from safe_lr.closures import ClosureError
+from safe_lr.eigenproblem import Eigenproblem
+from safe_lr.movers import MeasurementFailed, Mover
+from safe_lr.objective import Objective
+from safe_lr.operators import DIFFERENCES
+from safe_lr.settings import COST_OF_GRAPH, Settings, least_matvecs
+
+DIFFERENCES_TOL = 0.01
+"""From this tolerance on "auto" makes products by one-sided differences where the loss's graph is smooth: half the
+gradients, a fraction of the memory. With what their check takes out, their error is a tenth of that."""
+
+DIFFERENCES_EPS = 1e-6
+"""Coarsest arithmetic for that: float32's, not that of half precision."""
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Gradient evaluations and products."""
+
+    cost: float = 0.0
+    num_matvecs: int = 0
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What was found, how, and at what cost.
+
+    Attributes:
+        problem: The problem, for trial steps.
+        figures: `Measurement`'s figures by name.
+        loss: The measured loss.
+        hvp: How products were made.
+        spent: On all ways that were tried.
+    """
+
+    problem: Eigenproblem
+    figures: dict[str, Any]
+    loss: float
+    hvp: str
+    spent: Spent
+
+
+def solve(
+    objective: Objective, moving: Sequence[Mover], settings: Settings, last_hvp: str | None, **options: Any
+) -> Solution:
+    """Solves by the first way of making products that works.
+
+    Differences come first where they worked last time, or where the loss is smooth and there is room for exact products
+    behind them, should they fail.
+
+    Args:
+        objective: The loss.
+        moving: The parameters that may move.
+        settings: What and how.
+        last_hvp: How the last good measurement made its products, None where there was none.
+        options: `seed`, `also` and `warm`, as `measure_step` has them.
+
+    Raises:
+        MeasurementFailed: There is no limit, with what finding out has cost.
+        ClosureError: A closure broke its contract.
+    """
+    spent = Spent()
+    if settings.hvp != "auto":
+        return _solved(spent, objective, moving, settings, settings.hvp, **options)
+    if last_hvp != "finite-difference" and not _differences_pay(moving, settings, last_hvp):
+        return _solved_by_default(spent, objective, moving, settings, **options)
+    least = settings.least_matvecs
+    try:
+        if last_hvp == "finite-difference":
+            return _solved(spent, objective, moving, settings, "finite-difference", **options)
+        kept = 0 if last_hvp else least  # for exact products, should differences fail
+        first = replace(settings, max_matvecs=settings.max_matvecs - kept)
+        return _solved_by_default(spent, objective, moving, first, smooth=True, verify=last_hvp is None, **options)
+    except MeasurementFailed as failed:
+        if not (failed.num_matvecs and failed.hvp in DIFFERENCES):
+            raise
+        doubted = failed
+    # A product costs twice as much now. They work from here on, so let them have what the least measurement takes.
+    room = max(least, (settings.max_matvecs - doubted.num_matvecs) // 2)
+    objective.untouched.reset()
+    spent = Spent(doubted.cost, doubted.num_matvecs)
+    try:
+        return _solved_by_default(
+            spent, objective, moving, replace(settings, max_matvecs=room), differences=False, **options
+        )
+    except (MemoryError, RuntimeError) as error:
+        doubted.cost += COST_OF_GRAPH
+        raise doubted from error
+
+
+def _differences_pay(moving: Sequence[Mover], settings: Settings, last_hvp: str | None) -> bool:
+    """Whether one-sided differences may be tried on a smooth loss.
+
+    Not where processes train together: DistributedDataParallel's forward pass may wait for the other ranks', which need
+    not take as many products.
+    """
+    needed = least_matvecs(settings.bound, "one-sided")
+    if last_hvp is None:
+        needed += (1 + (settings.bound == "lemma1")) + settings.least_matvecs  # checked exactly, with room to fail
+    return (
+        last_hvp in (None, "one-sided")
+        and not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+        and settings.tol >= DIFFERENCES_TOL
+        and not settings.smallest  # whose eigenvalue nothing checks
+        and settings.max_matvecs >= needed
+        and all(torch.finfo(m.param.dtype).eps < DIFFERENCES_EPS for m in moving)
+    )
+
+
+def _solved_by_default(
+    spent: Spent,
+    objective: Objective,
+    moving: Sequence[Mover],
+    settings: Settings,
+    *,
+    differences: bool = True,
+    smooth: bool = False,
+    verify: bool = False,
+    **options: Any,
+) -> Solution:
+    """Solves by exact products, lean ones where memory runs out, else by differences.
+
+    Args:
+        spent: What was spent before.
+        objective, moving, settings: See `solve`.
+        differences: Whether central differences may come last.
+        smooth: Whether one-sided ones come first where the loss is smooth ...
+        verify: ... and are checked by exact ones.
+        options: Of `_solved`.
+    """
+    way = "exact" if len(objective.closures) == 1 else "lean"
+    first: Exception | None = None
+    while True:
+        try:
+            return _solved(spent, objective, moving, settings, way, smooth=smooth, verify=verify, **options)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, ClosureError) or way == "finite-difference":
+                raise first or error from None
+            spent = replace(spent, cost=spent.cost + COST_OF_GRAPH)
+            if objective.differing:  # a closure that cannot be evaluated twice can be differentiated twice
+                smooth = False
+                objective.untouched.reset()
+                continue
+            first = first or error
+            smooth = False
+            short = isinstance(error, MemoryError) or "memory" in str(error)
+            if (way == "lean" and short) or not (short or differences):
+                raise
+            way = "lean" if short else "finite-difference"
+        except ArithmeticError as error:
+            if first is None or isinstance(error, MeasurementFailed):
+                raise
+            raise MeasurementFailed(f"{error}; a second derivative failed too ({_first_line(first)})") from first
+
+
+def _solved(
+    spent: Spent,
+    objective: Objective,
+    moving: Sequence[Mover],
+    settings: Settings,
+    hvp: str,
+    *,
+    seed: int,
+    also: Collection[str],
+    warm: dict[str, Tensor],
+    smooth: bool = False,
+    verify: bool = False,
+) -> Solution:
+    """Solves with products made in one way; what was spent before is counted with it."""
+    curvature = objective.curvature([m.param for m in moving], hvp, differences=smooth, verify=verify)
+    spent, problem = replace(spent, cost=spent.cost + curvature.cost), None
+    loss, made = curvature.loss, curvature.hvp
+    try:
+        check_finite(loss)
+        problem = Eigenproblem(
+            moving,
+            curvature,
+            tol=settings.tol,
+            max_matvecs=settings.max_matvecs,
+            max_basis=settings.max_basis,
+            both_ends=settings.smallest,
+            cautious=settings.cautious,
+            seed=seed,
+            warm=warm,
+        )
+        del curvature
+        figures = problem.solve(settings.bound, also)
+    except MeasurementFailed as failed:
+        failed.cost = spent.cost + (0.0 if problem is None else problem.cost)
+        failed.num_matvecs += spent.num_matvecs
+        failed.hvp = made
+        raise
+    spent = Spent(spent.cost + problem.cost, spent.num_matvecs + problem.num_matvecs)
+    return Solution(problem, figures, loss, made, spent)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200]
+
+
+def check_finite(loss: float | None) -> None:
+    """Raises MeasurementFailed where a loss is NaN or Inf."""
+    if loss is None or not math.isfinite(loss):
+        raise MeasurementFailed(f"the loss is {loss}")
