@@ -23,7 +23,8 @@ Columns, medians over the repeats:
   a fresh process, whose allocator returns freed memory; the kernel's high-water mark is reset before.
 * leaves behind: what differs, bit for bit, after the call.
 
-"early" is a cold measurement 10 updates before the others; "warm" starts from its vector, on the same batch.
+"early" is the first measurement of a run, where differences, if taken, are checked by exact products. The others
+come 10 updates later, on the same batch, and make products in the way that worked; "warm" starts from its vector too.
 
 "data" measures one network on batches of one size, drawn from data sets of which one is 16 times the other.
 `upper >= truth` counts cold and warm measurements at both points, plain and preconditioned.
@@ -62,9 +63,10 @@ from benchmarks.results import save
 from safe_lr.closures import leave_no_trace
 from safe_lr.ensemble import Ensemble
 from safe_lr.lanczos import lanczos, start_vector
-from safe_lr.measurement import Measurement, Settings, measure_step
+from safe_lr.measurement import Measurement, measure_step
 from safe_lr.movers import movers, shares
 from safe_lr.operators import exact_hessian
+from safe_lr.settings import Settings
 
 TOL = 0.1  # the scheduler's
 LATER = 10  # updates between the two points
@@ -81,7 +83,7 @@ class Found:
     Attributes:
         value: The largest eigenvalue.
         products: Hessian-vector products.
-        upper, counted, vectors: safe_lr's upper end, account and eigenvectors.
+        upper, counted, vectors, hvp: safe_lr's upper end, account, eigenvectors, and way of making products.
         note: What had to be done to make it run.
     """
 
@@ -90,26 +92,37 @@ class Found:
     upper: float | None = None
     counted: float | None = None
     vectors: dict[str, Tensor] = field(default_factory=dict)
+    hvp: str | None = None
     note: str | None = None
 
 
 Tool = Callable[[Point, int], Found]
 
 
-def ours(preconditioned: bool, tol: float = TOL, warm: dict[int, dict[str, Tensor]] | None = None) -> Tool:
+def ours(preconditioned: bool, tol: float = TOL, before: dict[int, Found] | None = None, *, warm: bool = False) -> Tool:
     """safe_lr as the scheduler uses it: of H itself (SGD, where P is one), or as the point's Adam sees it.
 
     Args:
         preconditioned: Whether P is Adam's.
         tol: Relative residual.
-        warm: The eigenvectors of an earlier point by seed; None for a cold start.
+        before: What was found at an earlier point by seed; None for the first measurement of a run.
+        warm: Whether to start from its eigenvector.
     """
 
     def run(point: Point, seed: int) -> Found:
         optimizer = point.optimizer if preconditioned else torch.optim.SGD(point.params, lr=0.1)
         settings = Settings("momentum" if preconditioned else "coherence", tol=tol, cautious=True)
-        start = warm[seed] if warm else None
-        return found_by(measure_step(_moving(optimizer), point.loss, settings, seed=seed, warm=start))
+        last = before[seed] if before else None
+        return found_by(
+            measure_step(
+                _moving(optimizer),
+                point.loss,
+                settings,
+                seed=seed,
+                warm=last.vectors if last is not None and warm else None,
+                last_hvp=None if last is None else last.hvp,
+            )
+        )
 
     return run
 
@@ -127,7 +140,7 @@ def found_by(measurement: Measurement) -> Found:
     if measurement.failure or measurement.gamma is None:
         raise ArithmeticError(measurement.failure or "no gamma")
     m = measurement
-    return Found(m.gamma, m.num_matvecs, m.upper, m.cost, m.vectors)
+    return Found(m.gamma, m.num_matvecs, m.upper, m.cost, m.vectors, m.hvp)
 
 
 def pyhessian(tol: float = 1e-3) -> Tool:
@@ -361,6 +374,7 @@ class Row:
             "wall_gradients": wall / unit_wall,
             "unit_seconds": unit_wall,
             "counted": found.counted,
+            "hvp": found.hvp,
             "left_behind": side_effects(before, state_of(copy)),
             "note": found.note,
         })  # fmt: skip
@@ -375,6 +389,8 @@ class Row:
             if values:
                 out[key] = statistics.median(values)
                 out[f"{key}_range"] = [min(values), max(values)]
+        if ways := {run["hvp"] for run in self.runs} - {None}:
+            out["hvp"] = ", ".join(sorted(ways))
         out["repeats"] = len(self.runs)
         out["left_behind"] = sorted({name for run in self.runs for name in run["left_behind"]})
         notes = {run["note"] for run in self.runs} - {None}
@@ -398,11 +414,11 @@ def compare(
     has_modes = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in late.model.modules())
     eval_truth = truth(late, False, train=False) if has_modes else None
     rows = {}
-    vectors: dict[bool, dict[int, dict[str, Tensor]]] = {False: {}, True: {}}
+    before: dict[bool, dict[int, Found]] = {False: {}, True: {}}
     for p, suffix in ((False, ""), (True, "_preconditioned")):
         rows[f"early{suffix}"] = Row(ours(p), early, truths["early", p])
-        rows[f"cold{suffix}"] = Row(ours(p), late, truths["late", p])
-        rows[f"warm{suffix}"] = Row(ours(p, warm=vectors[p]), late, truths["late", p])
+        rows[f"cold{suffix}"] = Row(ours(p, before=before[p]), late, truths["late", p])
+        rows[f"warm{suffix}"] = Row(ours(p, before=before[p], warm=True), late, truths["late", p])
     others = {n: Row(tool, late, truths["late", False], True, eval_truth) for n, tool in peers.items()}
     rows["cold"].tool(late.copy(), 0)  # the libraries load their kernels
     skipped: dict[str, str] = {}
@@ -411,7 +427,7 @@ def compare(
         for label, row in rows.items():
             found = row.run(seed)
             if label.startswith("early") and found is not None:
-                vectors[label.endswith("preconditioned")][seed] = found.vectors
+                before[label.endswith("preconditioned")][seed] = found
         for label, row in others.items():
             if label in skipped or row.spent * (1 + 1 / max(seed, 1)) > SECONDS_FOR_PEER:
                 continue

@@ -32,8 +32,9 @@ from benchmarks.networks import GPT, Batch, windows
 from benchmarks.results import save
 from safe_lr import CoherenceScheduler
 from safe_lr.ensemble import Ensemble
-from safe_lr.measurement import Measurement, Settings, measure_step
+from safe_lr.measurement import Measurement, measure_step
 from safe_lr.movers import movers, shares
+from safe_lr.settings import Settings
 
 FEW, MANY = 4, 8  # products of the two measurements that are compared
 

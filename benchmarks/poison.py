@@ -205,7 +205,7 @@ def markdown(result: dict[str, Any]) -> str:
                 f"{row['rewinds']:.1f}",
             ]
         )
-    return table(titles, rows) + "\n"
+    return table(titles, rows)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import betas, poison
 from benchmarks.lr_robustness import ABOVE, VARIANTS, percent
 from benchmarks.results import markdown
 
@@ -137,6 +138,77 @@ def demo(result: dict[str, Any]) -> str:
     return markdown(["run", "lr", "validation loss", "accuracy", "peak loss"], rows)
 
 
+def spikes(result: dict[str, Any]) -> str:
+    """Spikes of bare and protected runs on the stream that shifts, seed by seed."""
+    names = {"bare": "bare Adam", "safe_lr": "safe_lr", "rewind": "safe_lr, `rewind=True`"}
+    rows = []
+    for mean in result["means"]:
+        runs = [run for run in result["runs"] if (run["lr"], run["method"]) == (mean["lr"], mean["method"])]
+        seeds = ", ".join(str(run["spikes"]) for run in runs)
+        final = statistics.median(run["final"] for run in runs)
+        rows.append([
+            f"{mean['lr']:g}", names[mean["method"]], f"{mean['spikes']:.1f} ({seeds})", f"{final:.1e}",
+            f"{mean['drops']:.1f}", f"{mean['rewinds']:.1f}",
+        ])  # fmt: skip
+    return markdown(["lr", "run", "spikes, mean (each seed)", "final loss, median", "updates dropped", "rewinds"], rows)
+
+
+NETWORKS = {"mlp": "MLP", "conv_bn": "conv + BatchNorm", "gpt_small": "GPT .8 M", "gpt_large": "GPT 5 M"}
+STARTS = ("early", "cold", "warm", "early_preconditioned", "cold_preconditioned", "warm_preconditioned")
+PEERS = {
+    "pyhessian": "PyHessian",
+    "hessian_eigenthings": "hessian-eigenthings, k=1",
+    "hessian_eigenthings_k10": "hessian-eigenthings, k=10",
+    "curvlinops": "curvlinops + eigsh",
+}
+
+
+def products(result: dict[str, Any]) -> str:
+    """What the parts of an exact measurement cost, network by network."""
+    rows = [
+        [NETWORKS[name], f"{task['parameters']:,}", f"{1e3 * task['unit_seconds']:.0f} ms"]
+        + [f"{task['parts'][part]:.2f}" for part in ("graph", "product", "forward")]
+        for name, task in result["tasks"].items()
+    ]
+    return markdown(["", "parameters", "a gradient", "graph", "product", "forward pass"], rows)
+
+
+def tools(result: dict[str, Any]) -> str:
+    """Error / products / gradients of each tool on each network."""
+
+    def cell(found: dict[str, Any] | None) -> str:
+        if found is None:
+            return "-"
+        return f"{found['error']:.2%} / {found['num_matvecs']:g} / {found['gradients']:.1f}"
+
+    tasks = result["tasks"].values()
+    rows = [
+        [f"safe_lr {start.replace('_', ', ')}", *(cell(task["safe_lr"].get(start)) for task in tasks)]
+        for start in STARTS
+    ]
+    rows += [[label, *(cell(task.get(name)) for task in tasks)] for name, label in PEERS.items()]
+    return markdown(["", *NETWORKS.values()], rows)
+
+
+def peaks(result: dict[str, Any]) -> str:
+    """Peak memory of each tool over that of a gradient, which stands in MiB."""
+    found = [task["memory_mib"] for task in result["tasks"].values()]
+    labels = {"safe_lr": "safe_lr", "safe_lr_preconditioned": "safe_lr, preconditioned"} | PEERS
+    rows = [["a gradient", *(f"{mib['gradient']:.0f} MiB" for mib in found)]]
+    for name, label in labels.items():
+        rows.append([label, *(f"{mib[name] / mib['gradient']:.1f}" if mib.get(name) else "-" for mib in found)])
+    return markdown(["", *NETWORKS.values()], rows)
+
+
+def sizes(result: dict[str, Any]) -> str:
+    """Seconds and gradients against the number of parameters."""
+    rows = [
+        [f"{row['parameters']:,}", f"{row['seconds']:.3f}", f"{row['gradients']:.0f}"]
+        for row in result["scaling"]["rows"]
+    ]
+    return markdown(["parameters", "seconds", "gradients"], rows)
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "gaps": ("lr_robustness.json", gaps),
     "beside": ("lr_robustness.json", beside),
@@ -144,6 +216,14 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "briefly": ("lr_robustness.json", briefly),
     "budgets": ("lr_robustness.json", curve),
     "demo": ("demo.json", demo),
+    "betas": ("betas.json", betas.markdown),
+    "products": ("curvature.json", products),
+    "tools": ("curvature.json", tools),
+    "peaks": ("curvature.json", peaks),
+    "sizes": ("curvature.json", sizes),
+    "poison": ("poison.json", poison.markdown),
+    "spikes": ("spikes.json", spikes),
+    "spikes_poisoned": ("spikes_poisoned.json", spikes),
 }
 """Name: JSON, and what makes a table of it."""
 

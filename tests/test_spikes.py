@@ -33,13 +33,16 @@ def test_batches_are_the_same_for_every_method_and_shift_at_half_time() -> None:
 
 
 @pytest.mark.slow
-def test_a_poisoned_batch_is_what_rewind_drops() -> None:
+def test_a_poisoned_batch_is_what_rewind_drops(monkeypatch: pytest.MonkeyPatch) -> None:
     results = {method: run(method, 0.01, 0, 300, poison=True) for method in spikes.METHODS}
-    clean = run("rewind", 0.01, 0, 300)  # what the run would be without that batch's harm: at most 1 % is lost
-    assert results["rewind"].drops == 1 and results["rewind"].final == pytest.approx(clean.final, rel=0.01)
-    assert results["safe_lr"].final > 1.5 * clean.final  # without rewind it is felt
+    assert results["rewind"].drops == 1
+    assert results["safe_lr"].final > 1.5 * results["rewind"].final  # without rewind it is felt
     assert results["safe_lr"].final < 0.5 * results["bare"].final and results["bare"].worst > 100
     assert run("bare", 0.01, 0, 300, poison=True).final == results["bare"].final
+    monkeypatch.setattr(spikes, "POISON", 1e6)
+    worse = run("rewind", 0.01, 0, 300, poison=True)  # nothing of the batch is left, so its size does not matter
+    assert worse.drops == 1 and worse.final == results["rewind"].final
+    assert run("safe_lr", 0.01, 0, 300, poison=True).final != results["safe_lr"].final
 
 
 def test_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
