@@ -56,6 +56,7 @@ class State:
     trial_gap: int = 2
     trend: NormTrend = field(default_factory=NormTrend)
     measurements: int = 0
+    verified_at: int = 0  # the last one whose differences exact products have checked
     failures: int = 0
     num_matvecs: int = 0
     cost: float = 0.0

@@ -312,7 +312,7 @@ def _doubts(s: Summary) -> Iterator[Advice]:
         (s.unconverged, f"{{unconverged:,}} of {good:,} measurements ran out of products before they converged."),
         (
             s.differences,
-            f"{_count(s.differences, 'measurement')} took finite differences, wrong where the loss has kinks.",
+            f"{_count(s.differences, 'measurement')} took central finite differences, wrong where the loss has kinks.",
         ),
         (s.inferred, "The preconditioner was inferred from the optimizer's own updates: the limits are a guess."),
         (

@@ -132,7 +132,7 @@ class Figures:
         beyond_steps: Updates made at an lr beyond `lr_limit`.
         trials, trials_failed: How often a coming step was tried, and how often it failed at every length.
         trial_room: The least that a trial step that did not fail was longer than the planned one.
-        unconverged, differences: Measurements whose eigenvalues did not converge, and those by finite differences.
+        unconverged, differences: Measurements whose eigenvalues did not converge, and those by central differences.
         summed, gradient_ratio: Measurements at which backward passes had probably been added up, and the largest ratio
             of the training gradient to the closure's.
         inferred: Whether P was inferred from an unknown optimizer's own update.

@@ -22,10 +22,15 @@ from safe_lr.settings import (
     Settings,
     least_matvecs,
 )
+from safe_lr.solving import products_to_verify
 from safe_lr.trials import search_step, try_steps
 
 SCALED = 100.0
 """From this ratio of the training gradient to the closure's own on, a GradScaler has not unscaled all of it."""
+
+VERIFY_EVERY = 4
+"""Measurements after which one-sided differences are checked by exact products again: for what a closure detaches may
+come in later. It costs three gradients or so, and is left out where the budget is short."""
 
 UNSCALED = "under a GradScaler call scaler.unscale_(optimizer) for every optimizer before the first one's scaler.step()"
 
@@ -86,7 +91,11 @@ class Instrument:
             for mover in moving:
                 mover.grad = None
         check = not state.checked and budget >= self.settings.least_cost + COST_OF_LOSS
-        products = self._products(closures, state, budget - COST_OF_LOSS * check)
+        budget -= COST_OF_LOSS * check
+        products, last_hvp = self._products(closures, state, budget), state.hvp
+        exactly = self._room(budget, COST_OF_PRODUCT)
+        if self._to_verify(state) and exactly >= products_to_verify(self.settings.bound):
+            products, last_hvp = exactly, None
         found = measure_step(
             moving,
             closures,
@@ -96,8 +105,10 @@ class Instrument:
             warm=self.vectors if self.warm_start else None,
             try_lr=try_lr,
             check=check,
-            last_hvp=state.hvp,
+            last_hvp=last_hvp,
         )
+        if last_hvp is None and found.failure is None:
+            state.verified_at = state.measurements
         if len(self.ensemble.members) > 1 and (found.gradient_ratio or 0.0) > SCALED:
             ratio = f"the gradients are {found.gradient_ratio:.3g} times those of the closure"
             found = replace(found, failure=f"{ratio}: {UNSCALED}", note=UNSCALED)
@@ -121,11 +132,16 @@ class Instrument:
         """How many products the budget has room for, beside the gradient and a trial step."""
         hvp = self._hvp(state)
         lean = hvp not in DIFFERENCES and (len(closures) > 1 or "lean" in (hvp, state.hvp))
-        room = budget - COST_OF_GRAPH - COST_OF_LOSS
         product = COST_OF_LEAN_PRODUCT if lean else COST_OF_PRODUCT
-        if hvp == "one-sided":
-            product = COST_OF_ONE_SIDED_PRODUCT
-        return int(min(room / product, self.settings.max_matvecs))
+        return self._room(budget, COST_OF_ONE_SIDED_PRODUCT if hvp == "one-sided" else product)
+
+    def _room(self, budget: float, product: float) -> int:
+        return int(min((budget - COST_OF_GRAPH - COST_OF_LOSS) / product, self.settings.max_matvecs))
+
+    def _to_verify(self, state: State) -> bool:
+        """Whether one-sided differences that worked are to be checked by exact products again, if the budget allows."""
+        asked = self.settings.hvp == "auto" and state.hvp == "one-sided"
+        return asked and state.measurements - state.verified_at >= VERIFY_EVERY
 
     def _settings_now(self, products: int, state: State) -> Settings:
         """The settings, with what the budget allows."""

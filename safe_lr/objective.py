@@ -119,8 +119,8 @@ class Objective:
             large = sum(p.numel() for p in params) >= DIFFERENCES_SIZE
             if smooth(loss, since) and (large or slow_to_differentiate_twice(loss)):
                 self.differing = True
-                found = self._by_differences(params, one_sided=True, loss=loss)
-                return replace(found, exact=lambda: self._twice(params, hvp)) if verify else found
+                exact = self._to_check_by(params, hvp, loss) if verify else None
+                return self._by_differences(params, one_sided=True, loss=loss, exact=exact)
         return self._twice(params, hvp, loss)
 
     def _twice(self, params: Sequence[Tensor], hvp: str, loss: Tensor | None = None) -> Curvature:
@@ -129,11 +129,29 @@ class Objective:
             return self._exact(self.closures[0], params, 0, loss)
         return _mean([self._lean(c, params, k) for k, c in enumerate(self.closures)])
 
-    def _by_differences(self, params: Sequence[Tensor], *, one_sided: bool, loss: Tensor | None = None) -> Curvature:
+    def _to_check_by(self, params: Sequence[Tensor], hvp: str, loss: Tensor) -> Curvature | None:
+        """Exact products, on the very graph of that loss if it is the only one; None where there are none."""
+        try:
+            return self._twice(params, hvp, loss)
+        except (MemoryError, RuntimeError):
+            return None  # then two steps have to agree
+
+    def _by_differences(
+        self,
+        params: Sequence[Tensor],
+        *,
+        one_sided: bool,
+        loss: Tensor | None = None,
+        exact: Curvature | None = None,
+    ) -> Curvature:
         first, *rest = self.closures
+        if not rest:
+            return finite_difference_hessian(self._again(first), params, one_sided=one_sided, loss=loss, exact=exact)
         parts = [finite_difference_hessian(self._again(first), params, one_sided=one_sided, loss=loss)]
         del loss
-        return _mean(parts + [finite_difference_hessian(self._again(c), params, one_sided=one_sided) for c in rest])
+        parts += [finite_difference_hessian(self._again(c), params, one_sided=one_sided) for c in rest]
+        found = _mean(parts)
+        return found if exact is None else replace(found, exact=exact, cost=found.cost + exact.cost)
 
     def _exact(self, closure: Closure, params: Sequence[Tensor], index: int, returned: Any = None) -> Curvature:
         """`returned` is what the closure did return, where it has been called."""

@@ -58,7 +58,7 @@ class Curvature:
         product: v -> H v on lists of tensors shaped like the parameters. Valid while the `Curvature` lives.
         again: The same product by other numbers (another step), to check what was found; None where exact.
         remainder: The error of `again` in units of that of `product`, as Taylor's series has it.
-        exact: Makes the curvature that differences stand for, whose products are to check them; None to trust `again`.
+        exact: The curvature that differences stand for, whose products are to check them; None to trust `again`.
         cost_of_product: Gradient evaluations that one product takes.
         cost: Gradient evaluations that were spent on making it.
         hvp: How products are made: `exact`, `lean`, `finite-difference` or `one-sided`.
@@ -70,7 +70,7 @@ class Curvature:
     product: Product
     again: Product | None = None
     remainder: float = 0.0
-    exact: Callable[[], Curvature] | None = None
+    exact: Curvature | None = None
     cost_of_product: float = 2.0
     cost: float = 1.0
     hvp: str = "exact"
@@ -150,7 +150,12 @@ def lean_hessian(evaluate: Callable[[], Tensor], params: Sequence[Tensor]) -> Cu
 
 
 def finite_difference_hessian(
-    evaluate: Callable[[], Tensor], params: Sequence[Tensor], *, one_sided: bool = False, loss: Tensor | None = None
+    evaluate: Callable[[], Tensor],
+    params: Sequence[Tensor],
+    *,
+    one_sided: bool = False,
+    loss: Tensor | None = None,
+    exact: Curvature | None = None,
 ) -> Curvature:
     """Returns the Hessian by differences of the gradient: what works without second derivatives.
 
@@ -167,7 +172,8 @@ def finite_difference_hessian(
         evaluate: Returns the loss with its graph, always from the same random state.
         params: Leaf tensors; moved and put back.
         one_sided: Whether to go ahead only.
-        loss: What `evaluate` returned, where it has been called already; its graph is freed.
+        loss: What `evaluate` returned, where it has been called already; its graph is freed, unless ...
+        exact: ... this stands on it, whose loss and gradient are then the differences' own.
 
     Example:
         >>> x = torch.tensor([1.0, 2.0], requires_grad=True, dtype=torch.float64)
@@ -199,9 +205,14 @@ def finite_difference_hessian(
 
     loss = evaluate() if loss is None else loss
     gradients = _backward if _hides_parameters(loss) else _gradients
-    value, grads = float(loss.detach()), gradients(loss, params)
+    step_size = _step_size(params, one_sided)
+    if exact is None:
+        value, grads = float(loss.detach()), gradients(loss, params)
+        here, used = _detached(grads, params), [g is not None for g in grads]
+        del grads
+    else:
+        value, here, used = exact.loss, exact.gradient, exact.used
     del loss
-    here, used, step_size = _detached(grads, params), [g is not None for g in grads], _step_size(params, one_sided)
     return Curvature(
         value,
         here,
@@ -211,6 +222,7 @@ def finite_difference_hessian(
         remainder=-0.25 if one_sided else 0.0625,
         cost_of_product=1.0 if one_sided else 2.0,
         hvp="one-sided" if one_sided else "finite-difference",
+        exact=exact,
     )
 
 

@@ -252,8 +252,10 @@ def learned_growth(growth: float, *, updates: int, trial: Trial | None) -> float
 
 
 Trial = Literal["roomy", "fine", "tight", "bad"]
-FAILED: tuple[Trial, Trial] = ("tight", "bad")
 """What trial steps found: even the longest is fine; the lengthened one is; only the planned one is; not even that."""
+
+FAILED: tuple[Trial, Trial] = ("tight", "bad")
+"""Those that lower the multiple."""
 
 
 def rungs(trial_slack: float, *, binding: bool, halvings: int) -> list[float]:

@@ -31,7 +31,9 @@ class Settings:
             no autocast, all of it computed in the closure) and they are cheaper (50,000 parameters, or an LSTM whose
             kernel is fused, as on the CPU: its second derivative is not, and takes 4-7 gradients a product); else
             exact, lean where memory runs out, central differences where nothing else works. Where differences fail
-            their check, products are exact after all, and stay so in a run.
+            their check, products are exact after all, and stay so in a run. Exact products check the first measurement
+            of a run and every fourth that the budget allows: take `exact` where a term that the closure detaches comes
+            in later.
         tol: Relative residual at which the eigen-solver stops.
         max_matvecs: Largest number of products for one measurement.
         max_basis: Largest number of Krylov vectors kept at a time; None keeps all (one a product).

@@ -15,7 +15,7 @@ from safe_lr.closures import ClosureError
 from safe_lr.eigenproblem import Eigenproblem
 from safe_lr.movers import MeasurementFailed, Mover
 from safe_lr.objective import Objective
-from safe_lr.operators import DIFFERENCES
+from safe_lr.operators import DIFFERENCES, Curvature
 from safe_lr.settings import COST_OF_GRAPH, Settings, least_matvecs
 
 DIFFERENCES_TOL = 0.01
@@ -81,9 +81,7 @@ def solve(
     try:
         if last_hvp == "finite-difference":
             return _solved(spent, objective, moving, settings, "finite-difference", **options)
-        kept = 0 if last_hvp else least  # for exact products, should differences fail
-        first = replace(settings, max_matvecs=settings.max_matvecs - kept)
-        return _solved_by_default(spent, objective, moving, first, smooth=True, verify=last_hvp is None, **options)
+        return _solved_by_default(spent, objective, moving, settings, smooth=True, verify=last_hvp is None, **options)
     except MeasurementFailed as failed:
         if not (failed.num_matvecs and failed.hvp in DIFFERENCES):
             raise
@@ -101,15 +99,24 @@ def solve(
         raise doubted from error
 
 
+def products_to_verify(bound: str) -> int:
+    """Returns the fewest products with which differences are checked by exact ones, with room for these to take over.
+
+    Example:
+        >>> products_to_verify("momentum")
+        8
+    """
+    solves = 1 + (bound == "lemma1")
+    return least_matvecs(bound, "one-sided") + solves + least_matvecs(bound, "exact")
+
+
 def _differences_pay(moving: Sequence[Mover], settings: Settings, last_hvp: str | None) -> bool:
     """Whether one-sided differences may be tried on a smooth loss.
 
     Not where processes train together: DistributedDataParallel's forward pass may wait for the other ranks', which need
     not take as many products.
     """
-    needed = least_matvecs(settings.bound, "one-sided")
-    if last_hvp is None:
-        needed += (1 + (settings.bound == "lemma1")) + settings.least_matvecs  # checked exactly, with room to fail
+    needed = least_matvecs(settings.bound, "one-sided") if last_hvp else products_to_verify(settings.bound)
     return (
         last_hvp in (None, "one-sided")
         and not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
@@ -173,18 +180,49 @@ def _solved(
     settings: Settings,
     hvp: str,
     *,
+    smooth: bool = False,
+    verify: bool = False,
+    **options: Any,
+) -> Solution:
+    """Solves with products made in one way; what was spent before is counted with it.
+
+    Where exact products are there to check differences, they take over on their graph if those fail, or if the closure
+    cannot be evaluated again.
+    """
+    curvature = objective.curvature([m.param for m in moving], hvp, differences=smooth, verify=verify)
+    spent = replace(spent, cost=spent.cost + curvature.cost)
+    exact, least = curvature.exact, settings.least_matvecs
+    if exact is None:
+        return _solved_on(curvature, spent, moving, settings, **options)
+    room = settings.max_matvecs
+    try:
+        return _solved_on(curvature, spent, moving, replace(settings, max_matvecs=room - least), **options)
+    except MeasurementFailed as failed:
+        if not failed.num_matvecs:
+            raise
+        spent = Spent(failed.cost, failed.num_matvecs)
+    except Exception:  # noqa: BLE001  (whatever a closure raises that can be evaluated once only)
+        pass
+    del curvature
+    objective.untouched.reset()
+    room = max(least, room - spent.num_matvecs)
+    return _solved_on(exact, spent, moving, replace(settings, max_matvecs=room), **options)
+
+
+def _solved_on(
+    curvature: Curvature,
+    spent: Spent,
+    moving: Sequence[Mover],
+    settings: Settings,
+    *,
     seed: int,
     also: Collection[str],
     warm: dict[str, Tensor],
-    smooth: bool = False,
-    verify: bool = False,
 ) -> Solution:
-    """Solves with products made in one way; what was spent before is counted with it."""
-    curvature = objective.curvature([m.param for m in moving], hvp, differences=smooth, verify=verify)
-    spent, problem = replace(spent, cost=spent.cost + curvature.cost), None
-    loss, made = curvature.loss, curvature.hvp
+    """Solves with one curvature, whose making is counted in `spent`."""
+    problem = None
     try:
-        check_finite(loss)
+        check_finite(curvature.loss)
         problem = Eigenproblem(
             moving,
             curvature,
@@ -196,15 +234,14 @@ def _solved(
             seed=seed,
             warm=warm,
         )
-        del curvature
         figures = problem.solve(settings.bound, also)
     except MeasurementFailed as failed:
         failed.cost = spent.cost + (0.0 if problem is None else problem.cost)
         failed.num_matvecs += spent.num_matvecs
-        failed.hvp = made
+        failed.hvp = curvature.hvp
         raise
     spent = Spent(spent.cost + problem.cost, spent.num_matvecs + problem.num_matvecs)
-    return Solution(problem, figures, loss, made, spent)
+    return Solution(problem, figures, curvature.loss, curvature.hvp, spent)
 
 
 def _first_line(error: Exception) -> str:

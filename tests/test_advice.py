@@ -128,7 +128,7 @@ def test_betas():
         ({"unprotected_steps": 1}, "1 update had no cap yet"),
         ({"measurements": 4}, "All limits of the run stand on 4 measurements"),
         ({"unconverged": 3}, "3 of 9 measurements ran out of products"),
-        ({"differences": 9}, "9 measurements took finite differences"),
+        ({"differences": 9}, "9 measurements took central finite differences"),
         ({"inferred": True}, "inferred from the optimizer's own updates"),
         ({"summed": 2, "gradient_ratio": 4.02}, "up to 4.02 times the closure's"),
         ({"unrepeatable": True}, "two losses for one random state"),
