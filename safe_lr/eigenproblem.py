@@ -307,7 +307,6 @@ class Eigenproblem:
             estimate, self.lowest = both_ends(matvec, v0, **options)
         else:
             estimate = lanczos(matvec, v0, **options)
-        self.num_matvecs += estimate.num_matvecs
         if not math.isfinite(estimate.value):
             raise MeasurementFailed("the curvature is not finite", self.num_matvecs)
         if estimate.value <= 0:
@@ -336,7 +335,7 @@ class Eigenproblem:
 
     def _exactly(self, v: Tensor, scaling: _Scaling) -> Tensor:
         assert self.exact is not None
-        self.num_matvecs, self.num_exact = self.num_matvecs + 1, self.num_exact + 1
+        self.num_exact += 1
         return self._matvec(v, scaling, self.exact.product)
 
     def _checked(self, estimate: EigenEstimate, scaling: _Scaling) -> EigenEstimate:
@@ -356,7 +355,6 @@ class Eigenproblem:
             found, part = self._exactly(estimate.vector, scaling), 0.0
         else:
             found, part = self._matvec(estimate.vector, scaling, self.curvature.again), self.curvature.remainder
-            self.num_matvecs += 1
         along = torch.dot(estimate.vector, found)
         off = torch.linalg.vector_norm(found - estimate.value * estimate.vector)
         rest = torch.linalg.vector_norm(found.sub_(estimate.vector * along))
@@ -376,6 +374,7 @@ class Eigenproblem:
 
     def _matvec(self, v: Tensor, scaling: _Scaling, product: Product | None = None) -> Tensor:
         """Beside v, two more vectors live at once, of which one is returned; a third where l2 decay needs the parts."""
+        self.num_matvecs += 1
         parts = [
             scaling.of(i, part.view(m.values.shape))
             for i, (part, m) in enumerate(zip(torch.split(v, self.sizes), self.movers, strict=True))

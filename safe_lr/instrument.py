@@ -93,7 +93,7 @@ class Instrument:
         check = not state.checked and budget >= self.settings.least_cost + COST_OF_LOSS
         budget -= COST_OF_LOSS * check
         products, last_hvp = self._products(closures, state, budget), state.hvp
-        exactly = self._room(budget, COST_OF_PRODUCT)
+        exactly = self._products(closures, state, budget, "exact")
         if self._to_verify(state) and exactly >= products_to_verify(self.settings.bound):
             products, last_hvp = exactly, None
         found = measure_step(
@@ -128,14 +128,13 @@ class Instrument:
     def _movers(self, shares: Sequence[float]) -> list[Mover]:
         return movers(self.ensemble, shares)
 
-    def _products(self, closures: Sequence[Closure], state: State, budget: float) -> int:
+    def _products(self, closures: Sequence[Closure], state: State, budget: float, hvp: str | None = None) -> int:
         """How many products the budget has room for, beside the gradient and a trial step."""
-        hvp = self._hvp(state)
+        hvp = hvp or self._hvp(state)
         lean = hvp not in DIFFERENCES and (len(closures) > 1 or "lean" in (hvp, state.hvp))
         product = COST_OF_LEAN_PRODUCT if lean else COST_OF_PRODUCT
-        return self._room(budget, COST_OF_ONE_SIDED_PRODUCT if hvp == "one-sided" else product)
-
-    def _room(self, budget: float, product: float) -> int:
+        if hvp == "one-sided":
+            product = COST_OF_ONE_SIDED_PRODUCT
         return int(min((budget - COST_OF_GRAPH - COST_OF_LOSS) / product, self.settings.max_matvecs))
 
     def _to_verify(self, state: State) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from safe_lr.closures import Closure, ClosureError, Untouched, as_loss
+from safe_lr.graphs import graph_time, slow_to_differentiate_twice, smooth
 from safe_lr.operators import (
     DIFFERENCES,
     Curvature,
@@ -19,11 +20,8 @@ from safe_lr.operators import (
     finite_difference_hessian,
     fisher,
     gauss_newton,
-    graph_time,
     lean_hessian,
     sampled_losses,
-    slow_to_differentiate_twice,
-    smooth,
 )
 
 DIFFERENCES_SIZE = 50_000
@@ -72,9 +70,6 @@ class Objective:
 
     def __init__(self, closures: Closures, untouched: Untouched, kind: str = "hessian", seed: int = 0) -> None:
         self.closures, self.untouched, self.kind, self.seed = as_list(closures), untouched, kind, seed
-        self.differing = (
-            False  # whether the last curvature's products are differences, taken because the loss is smooth
-        )
 
     def loss(self) -> float:
         """Returns the mean loss, without keeping a graph."""
@@ -107,7 +102,6 @@ class Objective:
             NoSecondDerivative: The graph cannot be differentiated twice.
             ClosureError: A closure broke its contract.
         """
-        self.differing = False
         if hvp in DIFFERENCES:
             if self.kind != "hessian":
                 raise NoSecondDerivative(f"curvature={self.kind!r} has no {hvp} products")
@@ -118,7 +112,6 @@ class Objective:
             loss = as_loss(self.untouched.call(self.closures[0]))
             large = sum(p.numel() for p in params) >= DIFFERENCES_SIZE
             if smooth(loss, since) and (large or slow_to_differentiate_twice(loss)):
-                self.differing = True
                 exact = self._to_check_by(params, hvp, loss) if verify else None
                 return self._by_differences(params, one_sided=True, loss=loss, exact=exact)
         return self._twice(params, hvp, loss)

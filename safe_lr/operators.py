@@ -8,14 +8,15 @@ empirical-fisher  (1/B) sum_i grad l_i grad l_i',     l_i the loss of example i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
+
+from safe_lr.graphs import hides_parameters, once_differentiable
 
 Product = Callable[[Sequence[Tensor]], list[Tensor]]
 
@@ -23,24 +24,6 @@ DIFFERENCES = ("finite-difference", "one-sided")
 """Products that are not exact, and are made once more with another step to check what was found."""
 
 CURVATURES = ("hessian", "gauss-newton", "fisher", "empirical-fisher")
-
-
-KINKED = (
-    *("Relu", "LeakyRelu", "Prelu", "Rrelu", "Elu", "Hard", "Softshrink", "Threshold", "Abs", "Clamp", "Sgn"),
-    *("Sign", "Copysign", "Angle", "Max", "Min", "Fmax", "Fmin", "Amax", "Amin", "Aminmax", "AdaptiveMax"),
-    *("FractionalMax", "Cummax", "Cummin", "Topk", "Sort", "Kthvalue", "Median", "Nanmedian", "Mode", "Round"),
-    *("Floor", "Ceil", "Trunc", "Frac", "Fmod", "Remainder", "NanToNum", "Renorm", "FakeQuantize"),
-    *("ScatterReduce", "IndexReduce", "SegmentReduce", "GridSampler", "Dist", "Cdist", "Pdist", "L1Loss"),
-    *("MultiMargin", "MultilabelMargin", "NotImplemented"),
-)  # fmt: skip
-"""How nodes begin in whose derivative there are jumps: differences across them are not derivatives."""
-
-FUSED = frozenset({"MkldnnRnnLayerBackward0"})
-"""Nodes of kernels that are fused up to the first derivative alone. Through oneDNN's LSTM (torch's on the CPU) the
-graph takes 2-4 gradients and a product 4-7."""
-
-CONVERSION = "ToCopyBackward0"
-"""A node between two dtypes or devices: under autocast gradients are rounded to half precision."""
 
 
 class NoSecondDerivative(RuntimeError):
@@ -204,7 +187,7 @@ def finite_difference_hessian(
         return difference(vectors, part * step_size / size)
 
     loss = evaluate() if loss is None else loss
-    gradients = _backward if _hides_parameters(loss) else _gradients
+    gradients = _backward if hides_parameters(loss) else _gradients
     step_size = _step_size(params, one_sided)
     if exact is None:
         value, grads = float(loss.detach()), gradients(loss, params)
@@ -315,11 +298,11 @@ def _sandwich(
     params: Sequence[Tensor],
 ) -> Curvature:
     """J' bend(J v): J' w by one backward pass, J v by a second one through J' w (which is linear in w)."""
-    if _hides_parameters(outputs):
+    if hides_parameters(outputs):
         raise NoSecondDerivative("reentrant checkpointing cannot be differentiated twice; use_reentrant=False can")
     dummy = torch.zeros_like(outputs, requires_grad=True)
     pulled = torch.autograd.grad(outputs, params, dummy, create_graph=True, allow_unused=True)
-    if "Error" in _nodes(*(g for g in pulled if g is not None)):
+    if once_differentiable(g for g in pulled if g is not None):
         raise NoSecondDerivative("a custom function is marked @once_differentiable: it has no second derivative")
     reached = [g for g in pulled if g is not None and g.requires_grad]
 
@@ -341,10 +324,10 @@ def _gradients(loss: Tensor, params: Sequence[Tensor], **options: Any) -> list[T
 
 def _gradients_with_graph(loss: Tensor, params: Sequence[Tensor]) -> list[Tensor | None]:
     """The gradients with their graph, where it can be differentiated."""
-    if _hides_parameters(loss):
+    if hides_parameters(loss):
         raise NoSecondDerivative("reentrant checkpointing cannot be differentiated twice; use_reentrant=False can")
     grads = _gradients(loss, params, create_graph=True)
-    if "Error" in _nodes(*(g for g in grads if g is not None)):  # torch would leave its part of H out, without a word
+    if once_differentiable(g for g in grads if g is not None):  # torch would leave its part of H out, without a word
         raise NoSecondDerivative("a custom function is marked @once_differentiable: it has no second derivative")
     return grads
 
@@ -360,67 +343,6 @@ def _backward(loss: Tensor, params: Sequence[Tensor]) -> list[Tensor | None]:
     finally:
         for p, g in zip(params, held, strict=True):
             p.grad = g
-
-
-def _hides_parameters(loss: Tensor) -> bool:
-    """Whether a reentrant checkpoint lies in the graph: `autograd.grad` takes the parameters inside for unused."""
-    return "CheckpointFunctionBackward" in _nodes(loss)
-
-
-def smooth(loss: Tensor, since: int = 0) -> bool:
-    """Whether differences of the gradient can be trusted, as far as the loss's graph tells.
-
-    It must consist of torch's own operations, without kinks and without conversions of dtype, and be made anew by each
-    evaluation: what was computed before the closure was called would not follow the parameters as they are moved.
-
-    Args:
-        loss: With its graph.
-        since: `graph_time()` before it was evaluated.
-
-    Example:
-        >>> x = torch.ones(2, requires_grad=True)
-        >>> [smooth(f(x).sum()) for f in (torch.tanh, torch.relu)]
-        [True, False]
-        >>> before, y, now = graph_time(), torch.tanh(x), graph_time()
-        >>> smooth(y.sum(), before), smooth(y.sum(), now)
-        (True, False)
-    """
-    for node in _graph(loss):
-        name = type(node).__name__
-        if name == "AccumulateGrad":
-            continue
-        if isinstance(node, BackwardCFunction) or "::" in name or name == CONVERSION or name.startswith(KINKED):
-            return False
-        if node._sequence_nr() < since:
-            return False
-    return True
-
-
-def graph_time() -> int:
-    """Returns a number that no node made before has reached: nodes are numbered as they are made, thread by thread."""
-    probe = torch.zeros((), requires_grad=True)
-    return int((probe * 1).grad_fn._sequence_nr()) + 1  # type: ignore[union-attr]
-
-
-def slow_to_differentiate_twice(loss: Tensor) -> bool:
-    """Whether a kernel of FUSED lies in the loss's graph."""
-    return not FUSED.isdisjoint(_nodes(loss))
-
-
-def _nodes(*tensors: Tensor) -> set[str]:
-    """The kinds of nodes in some tensors' graph."""
-    return {type(node).__name__ for node in _graph(*tensors)}
-
-
-def _graph(*tensors: Tensor) -> Iterator[Any]:
-    """The nodes of some tensors' graph."""
-    seen, stack = set(), [tensor.grad_fn for tensor in tensors]
-    while stack:
-        node = stack.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            yield node
-            stack += [parent for parent, _ in node.next_functions]
 
 
 def _step_size(params: Sequence[Tensor], one_sided: bool) -> float:

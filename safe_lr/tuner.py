@@ -92,7 +92,7 @@ class Setting(ABC):
     def words(self, before: Values, after: Values) -> str:
         """Says a move."""
 
-    def step(self, free: Sequence[Part]) -> float:
+    def largest_move(self, free: Sequence[Part]) -> float:
         """The largest move of the dial, with these groups on it."""
         return STEP
 
@@ -130,7 +130,7 @@ class Setting(ABC):
         except UNREADABLE:
             return None
         wait = max((memory(b, seen) for b, seen in decays if b is not None), default=0.0)
-        dial, reason = self.dial.turned(press, why, updates=updates, wait=wait, held=held, step=self.step(free))
+        dial, reason = self.dial.turned(press, why, updates=updates, wait=wait, held=held, step=self.largest_move(free))
         by = dial.position - self.dial.position
         if by:
             moves = dict.fromkeys(said for part in free if (said := self._moved(part, by)) is not None)
@@ -198,7 +198,7 @@ class Betas(Setting):
         ends = self.tuning.ends(own[0], own[1])
         return [None if b is None else decay_at(position, b, end) for b, end in zip(own, ends, strict=True)]
 
-    def step(self, free: Sequence[Part]) -> float:
+    def largest_move(self, free: Sequence[Part]) -> float:
         fresh = any(p.model.weighs_fresh and self.accounts[p.index].own[0] is not None for p in free)
         return STEP_FRESH if fresh else STEP
 

@@ -48,6 +48,7 @@ ORDER = (
     "snapshots",
     "objective",
     "operators",
+    "graphs",
     "closures",
     "preconditioners",
     "lanczos",
