@@ -26,6 +26,7 @@ COUNTED = (
 
 LIMITED = (
     "cap", "measured_limit", "flips", "share", "votes", "moving", "following", "figures", "expected_cost", "gap",
+    "measured_at", "usual",
 )  # fmt: skip
 """What a measurement leaves behind."""
 
@@ -55,6 +56,8 @@ class State:
     trial_at: int = 0
     trial_gap: int = 2
     trend: NormTrend = field(default_factory=NormTrend)
+    measured_at: int = 0  # updates at the last good measurement
+    usual: float | None = None  # the trend's mean then, None where it was not known
     measurements: int = 0
     verified_at: int = 0  # the last one whose differences exact products have checked
     failures: int = 0
@@ -95,6 +98,7 @@ class State:
     def keep(self, found: Measurement) -> None:
         """Keeps a measurement's figures until the next one."""
         self.measured_limit, self.following = found.lr_limit, True
+        self.measured_at, self.usual = self.updates, self.trend.known
         self.figures.update({name: value for name in FIGURES if (value := getattr(found, name)) is not None})
 
     def explain(self, found: Measurement, before: float, after: float, *, capped: bool) -> tuple[Action, str]:

@@ -125,6 +125,13 @@ class Controller:
         return affordable(self.policy, updates=self.state.updates, spent=self.state.cost, alarm=alarm)
 
     @property
+    def wandered(self) -> bool:
+        """Whether gradient norms have changed so much since the last measurement that a new one is due."""
+        state = self.state
+        settled = not self.young and state.updates >= state.measured_at + TRIAL_GAP
+        return settled and state.trend.wandered(state.usual)
+
+    @property
     def can_try(self) -> bool:
         """Whether trial steps would tell anything, and there is budget left for them."""
         return self.policy.learns and self.affordable(alarm=True) >= 3 * COST_OF_LOSS
@@ -269,7 +276,7 @@ class Controller:
 
     def _set_margin(self) -> None:
         state = self.state
-        state.margin = self.policy.margin_at(state.multiple, state.share, young=self.young)
+        state.margin = self.policy.margin_at(state.multiple, state.share, young=self.young and self.tolerance == 1)
 
     def _flip(self) -> float:
         """The largest c of the parameters that move, where the limit counts it."""
@@ -300,8 +307,9 @@ class Controller:
             state.expected_cost = max(self.least_cost, found.cost)
             trial, moved = self._learn(found, lr_ref, jump, shape)
             state.cap = self.cap_under(found.lr_limit)
+            early = state.updates < state.measured_at + state.gap
             state.keep(found)
-            state.gap = next_gap(state.gap, alarm=jump is not None, trial_failed=trial == "bad")
+            state.gap = next_gap(state.gap, alarm=jump is not None, trial_failed=trial == "bad", early=early)
             state.due_at, state.retry = state.updates + state.gap, 0
         state.trial_at = state.updates + state.trial_gap
         return trial, moved
@@ -334,7 +342,7 @@ class Controller:
             state.course.tried(found.trial_lr / planned, failed=found.trial_failed is True)
         again, unit = state.trial in FAILED, state.share * found.lr_limit
         state.trial = trial
-        searched = found.trial_lr * self.policy.trial_slack / unit if self.young and not found.trial_failed else None
+        searched = found.trial_lr / unit if self.young and not found.trial_failed else None
         state.multiple = learned_multiple(
             state.multiple,
             trial,

@@ -128,7 +128,7 @@ class Decider:
         """Makes a measurement due at once where the limit did not count what now moves, or how fast."""
         state, moving = self.state, self.ensemble.moving()
         woken = any(now and not then for now, then in zip(moving, state.moving, strict=False))
-        if (woken or self.rates.drifted()) and not state.retry:
+        if (woken or self.rates.drifted() or self.controller.wandered) and not state.retry:
             state.due_at = min(state.due_at, state.updates)
 
     def _measure(

@@ -104,6 +104,13 @@ LONGEST_GAP = 10**9
 TRIAL_PART = 0.25
 """Part of the budget that trial steps between measurements may take; the rest keeps the limit itself fresh."""
 
+WANDERED = 3.0
+"""A measurement is due early where gradient norms have become this many times larger or smaller since the last one:
+cadence thins out with age, and such a change moves P, and with it gamma, as far. On the stream of benchmarks/spikes.py
+losses fell thirtyfold between two measurements; gamma rose beyond the margin's reach, and the loss went up
+ten-thousandfold over hundreds of updates of which none looked wrong beside the one before. 24 runs, two lrs: .6 spikes
+a run with 3, 1.8 with 5, some 4 without."""
+
 ALARM_AFTER = 10
 """Gradient norms to have seen before one can look wrong."""
 
@@ -326,8 +333,8 @@ def learned_multiple(
         (3.0, 2.0)
         >>> learned_multiple(6.0, "tight", used=6.0), learned_multiple(2.4, "tight", used=2.4)
         (4.0, 2.0)
-        >>> learned_multiple(1.5, "tight", used=1.5, again=True)
-        1.0
+        >>> learned_multiple(1.5, "tight", used=1.5, again=True), learned_multiple(2.0, "bad", used=2.0, found=0.8)
+        (1.0, 0.8)
     """
     if trial == "roomy":
         return max(multiple, min(MULTIPLE_MOST, multiple * STEP))
@@ -351,11 +358,11 @@ def median_limit(votes: Sequence[float]) -> float:
     return math.exp(statistics.median(math.log(vote) for vote in votes[-VOTES:]))
 
 
-def next_gap(gap: int, *, alarm: bool, trial_failed: bool) -> int:
+def next_gap(gap: int, *, alarm: bool, trial_failed: bool, early: bool = False) -> int:
     """Returns the updates until the next routine measurement.
 
-    GAP_FIRST after the first one (gap 0) and after an alarm, as many as before after a failed trial, else GAP_FACTOR
-    times as many.
+    GAP_FIRST after the first one (gap 0) and after an alarm, as many as before after a failed trial or where this one
+    came early, else GAP_FACTOR times as many.
 
     The budget (`affordable`) is what sets the gaps in the long run; growing ones spend the credit early, where the
     curvature moves fastest, and spread it over all scales of time.
@@ -365,10 +372,12 @@ def next_gap(gap: int, *, alarm: bool, trial_failed: bool) -> int:
         (3, 27)
         >>> next_gap(9, alarm=True, trial_failed=False), next_gap(9, alarm=False, trial_failed=True)
         (3, 9)
+        >>> next_gap(9, alarm=False, trial_failed=False, early=True)
+        9
     """
     if alarm or gap == 0:
         return GAP_FIRST
-    return gap if trial_failed else round(GAP_FACTOR * min(gap, LONGEST_GAP))
+    return gap if trial_failed or early else round(GAP_FACTOR * min(gap, LONGEST_GAP))
 
 
 def next_retry(retry: int) -> int:
@@ -433,6 +442,24 @@ class NormTrend:
         if self.count < ALARM_AFTER or norm <= 0:
             return False
         return math.log(norm) > self.mean + max(ALARM_DEVIATIONS * math.sqrt(self.variance), math.log(ALARM_FACTOR))
+
+    def wandered(self, then: float | None) -> bool:
+        """Whether gradient norms are out of proportion to those of another time.
+
+        Args:
+            then: The trend's mean at that time; None where it was not known, which nothing is out of proportion to.
+
+        Example:
+            >>> trend = NormTrend(mean=math.log(6.0), count=20)
+            >>> [trend.wandered(math.log(norm)) for norm in (1.0, 3.0, 40.0)], trend.wandered(None)
+            ([True, False, True], False)
+        """
+        return then is not None and abs(self.mean - then) > math.log(WANDERED)
+
+    @property
+    def known(self) -> float | None:
+        """The mean log norm, None before ALARM_AFTER of them were seen."""
+        return self.mean if self.count >= ALARM_AFTER else None
 
     def after(self, norm: float) -> NormTrend:
         """Returns the trend with one more norm in it.
