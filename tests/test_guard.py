@@ -135,6 +135,30 @@ def test_the_cap_rises_by_at_most_growth(growth: float) -> None:
     assert bowl.inside[-1] == pytest.approx(CAP / 3, rel=0.1)  # and falls at once
 
 
+@pytest.mark.parametrize(
+    ("scale", "early"),
+    [
+        (lambda since: 1 / 9, 14),  # 1 - .95^14 > 1/2: the running mean is half of the way down in log
+        (lambda since: 1.05**since, 40),  # the running mean lags 16.5 updates; no norm is three times the usual one, so none is an alarm
+        (lambda since: 1 / 2.9, None),
+        (lambda since: 2.9, None),
+    ],
+)
+def test_a_measurement_comes_early_where_gradient_norms_have_wandered(
+    scale: Callable[[int], float], early: int | None
+) -> None:
+    bowl = Bowl(lr=1e-12)
+    for step in range(350):
+        bowl.scale = 1.0 if step < 60 else scale(min(step, 100) - 60)
+        bowl.run()
+    measured = [decision.step for decision in bowl.guard.history]
+    if early is None:
+        assert measured == [0, 3, 12, 39, 120]
+    else:
+        at = 60 + early
+        assert measured[:6] == [0, 3, 12, 39, at, at + 81]  # as many updates later as it would have been
+
+
 def test_the_capped_lr_exists_only_inside_step() -> None:
     bowl = Bowl()
     for lr in (100.0, 0.1, 7.0):

@@ -562,15 +562,18 @@ def test_what_is_counted_and_spent_stays_so() -> None:
         trend=NOISY,
         figures={"lr_limit": 0.2},
         gap=4,
+        measured_at=15,
+        usual=0.25,
     )
     back = now.gone_back(then.state_dict())
     assert (back.multiple, back.margin, back.cap, back.trend) == (4.0, 2.0, 0.5, CALM)
     assert (back.figures, back.share, back.votes) == ({"lr_limit": 1.0}, 0.5, [1.0])
     assert (back.updates, back.cost, back.due_at) == (17, 33.0, 17)
+    assert (back.measured_at, back.usual) == (0, None)
     unmeasured = replace(then, cap=None, figures={})
     kept = now.gone_back(unmeasured.state_dict())
     assert (kept.cap, kept.figures, kept.gap, kept.multiple) == (0.1, {"lr_limit": 0.2}, 4, 4.0)
-    assert (kept.share, kept.votes) == (0.4, [0.2])
+    assert (kept.share, kept.votes, kept.measured_at, kept.usual) == (0.4, [0.2], 15, 0.25)
 
 
 @pytest.mark.parametrize(("wanted", "used"), [(9.0, 0.4), (0.1, 0.1), (INF, 0.4)])
