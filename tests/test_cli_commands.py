@@ -41,6 +41,11 @@ def beyond():
 def flat(): return make(closure=lambda: torch.zeros((), requires_grad=True) * 1.0)
 def wrong(): return 3
 def no_closure(): return make()[1], None
+def broken(): raise RuntimeError("no data")
+def loud():
+    print("loading")
+    model, optimizer, closure = make()
+    return optimizer, lambda: (print("loss"), closure())[1]
 """
 
 
@@ -95,6 +100,19 @@ def test_measure_says_what_is_to_be_mended(
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
     assert main(["measure", f"{module}:make", "--after", "-1"]) == 2
+
+
+def test_measure_tells_a_bug_of_the_users_from_a_verdict(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["measure", f"{module}:broken"]) == 2  # 1 is the verdict that lr is beyond the limit
+    err = capsys.readouterr().err
+    assert "in broken" in err and err.splitlines()[-1].endswith(f"{module}:broken raised RuntimeError: no data")
+
+
+def test_measure_keeps_standard_output_for_json(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["measure", f"{module}:loud", "--after", "2", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["verdict"] == "clear"
+    assert err.startswith("loading\nloss\n")
 
 
 # ---- report
@@ -196,10 +214,13 @@ def test_a_line_counts_once_it_is_whole_and_a_new_file_begins_anew(tmp_path: Pat
     path.write_bytes(b"{}\n")
     assert tail.lines() == (True, [b"{}"])
     status = Status()
-    for line in (b"{}", b"[1]", b"3", b'{"kind":"step"}', b'{"kind":"decision"}', b'{"kind":"?"}', b"\xff"):
-        status.take(line)
-    assert (status.unreadable, status.row) == (7, {})
     assert str(status) == "no step is on record yet"
+    foreign = [b"{}", b"[1]", b"3", b'{"kind":"step"}', b'{"kind":"decision"}', b'{"kind":"?"}', b"\xff"]
+    foreign += [b'{"kind":"decision","failure":null}', b"[" * 200_000]
+    for line in foreign:
+        status.take(line)
+    assert (status.unreadable, status.row, status.decisions, status.failures) == (len(foreign), {}, [], 0)
+    assert str(status) == f"no step is on record yet ({len(foreign)} lines are not safe_lr's)"
 
 
 def test_watch_says_how_a_run_stands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -139,7 +139,10 @@ def test_the_cap_rises_by_at_most_growth(growth: float) -> None:
     ("scale", "early"),
     [
         (lambda since: 1 / 9, 14),  # 1 - .95^14 > 1/2: the running mean is half of the way down in log
-        (lambda since: 1.05**since, 40),  # the running mean lags 16.5 updates; no norm is three times the usual one, so none is an alarm
+        (
+            lambda since: 1.05**since,
+            40,
+        ),  # the running mean lags 16.5 updates; no norm is three times the usual one, so none is an alarm
         (lambda since: 1 / 2.9, None),
         (lambda since: 2.9, None),
     ],

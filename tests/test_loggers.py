@@ -97,6 +97,7 @@ def test_a_resumed_run_appends_and_its_steps_count_once(tmp_path: Path) -> None:
 def test_foreign_lines_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "mixed.jsonl"
     foreign = ["hello", "[1, 2]", '{"loss": 0.3}', '{"kind": "decision", "step": "x"}', '{"kind": "epoch"}', "\x00\xff"]
+    foreign.append("[" * 200_000)
     path.write_text("\n".join(['{"kind":"run","config":{}}', *foreign, "", '{"kind":"step","step":0,"lr":1}\n']))
     records = read_jsonl(path)
     assert (len(records.runs), len(records.rows), records.unreadable) == (1, 1, len(foreign))

@@ -116,6 +116,12 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (one(), "parameters.lr: it says neither"),
     (one(values=[1, 2], probabilities=[1.0]), "parameters.lr"),
     (one(values=[1, 2], probabilities=[0.5, 0.3]), "parameters.lr"),
+    (one(values=[1, 2], probabilities=["a", "b"]), "parameters.lr: probabilities are ['a', 'b']"),
+    (one(values=[1, 2], probabilities=3), "parameters.lr: probabilities are 3"),
+    (one(distribution="normal", mu="a", sigma=1), "parameters.lr: mu is 'a', not a number"),
+    (one(distribution="q_uniform", min=0.0, max=1.0, q=-1), "parameters.lr: q is -1, not a number above 0"),
+    (changed(early_terminate={"type": "x"}), "early_terminate: "),
+    (changed(early_terminate={"type": "hyperband"}), "early_terminate: hyperband needs min_iter"),
     (changed(parameters={}), "parameters: "),
     (changed(parameters=...), "parameters: "),
     (changed(parameters={"a b": {"value": 1}}), "parameters.a b"),
@@ -321,6 +327,17 @@ def test_a_range_is_cut_at_the_ceiling(kind: str) -> None:
     assert clipped["parameters"]["lr"]["min"] == 1e-3
     assert violations(clipped) == []
     assert "lr cut from 100 to below 4: a bare run at lr 4 fails within 50 updates" in clipped["description"]
+
+
+def test_a_program_that_is_not_there_is_said_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"program: there is no file 'gone\.py' in "):
+        program_of({"program": "gone.py"}, folder=tmp_path)
+
+
+def test_a_command_without_a_program_tells_what_it_said(tmp_path: Path) -> None:
+    command = ["${interpreter}", "-c", "raise SystemExit('no data')"]
+    with pytest.raises(RuntimeError, match="the command ended with status 1: no data"):
+        program_of({"command": command}, folder=tmp_path)({})
 
 
 def test_values_are_dropped_and_weights_still_add_up() -> None:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import sys
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safe_lr.commands.parsers import NEGATIVE, add_command, add_json, as_json
+
+if TYPE_CHECKING:
+    from safe_lr.measurement import Measurement
 
 _ABOUT = """Imports MODULE:FUNCTION, calls it, and measures what it returns: (optimizer, closure), (model, optimizer,
 closure), or a mapping with these keys. The closure returns the loss of a batch with its graph, and calls no backward().
@@ -44,18 +50,12 @@ def add(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from safe_lr.measurement import measure
-    from safe_lr.sweeps import load_function
-
     if args.after < 0:
         raise ValueError(f"--after {args.after} is negative: give a number of updates")
-    optimizer, closure = _parts(load_function(args.target)(), args.target)
-    if args.after:
-        _protected_updates(optimizer, closure, args.after)
-    try:
-        found = measure(optimizer, closure, bound=args.bound, curvature=args.curvature, tol=args.tol)
-    except TypeError as error:
-        raise ValueError(f"{args.target}: {error}") from error
+    with (
+        contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext()
+    ):  # what the user's code prints
+        optimizer, found = _measured(args)
     members = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
     lr = max(float(group["lr"]) for member in members for group in member.param_groups)
     word, text = verdict(lr, found.lr_limit, args.bound) if found.failure is None else ("failed", found.failure)
@@ -69,6 +69,30 @@ def _run(args: argparse.Namespace) -> int:
         if young and word != "failed":
             print(f"note: {_YOUNG}")
     return NEGATIVE if word in ("beyond", "failed") else 0
+
+
+def _measured(args: argparse.Namespace) -> tuple[Any, Measurement]:
+    """Calls the user's function; returns its optimizer, and what was measured.
+
+    Raises:
+        ValueError: The user's code failed (its traceback is printed), or returned something else.
+    """
+    from safe_lr.measurement import measure
+    from safe_lr.sweeps import load_function
+
+    make = load_function(args.target)
+    try:
+        made = make()
+    except Exception as error:
+        traceback.print_exc()
+        raise ValueError(f"{args.target} raised {type(error).__name__}: {error}") from error
+    optimizer, closure = _parts(made, args.target)
+    if args.after:
+        _protected_updates(optimizer, closure, args.after)
+    try:
+        return optimizer, measure(optimizer, closure, bound=args.bound, curvature=args.curvature, tol=args.tol)
+    except TypeError as error:
+        raise ValueError(f"{args.target}: {error}") from error
 
 
 def verdict(lr: float, lr_limit: float, bound: str) -> tuple[str, str]:

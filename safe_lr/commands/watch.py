@@ -60,15 +60,16 @@ class Status:
                 record["step"] = int(record["step"])
                 self.row, self.states[state] = record, self.states[state] + 1
             elif kind == "decision":
+                shown = {"step": int(record["step"]), "action": str(record["action"]), "reason": str(record["reason"])}
                 self.failures += record["failure"] is not None
-                self.decisions = [*self.decisions, record][-_REASONS:]
+                self.decisions = [*self.decisions, shown][-_REASONS:]
             elif kind == "summary":
                 self.summary = dict(record["summary"])
             elif kind == "run":
                 self.summary = None
             else:
                 self.unreadable += 1
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             self.unreadable += 1
 
     @property
@@ -91,7 +92,9 @@ class Status:
 
     def __str__(self) -> str:
         if not self.row:
-            return "no step is on record yet"
+            return "no step is on record yet" + f" ({self.unreadable:,} lines are not safe_lr's)" * (
+                self.unreadable > 0
+            )
         figures = "  ".join(f"{name} {number(self.row.get(name))}" for name in ("lr", "cap", "margin", "utilisation"))
         text = f"step {self.row['step']:,}  {self.state}  {figures}"
         return f"{text}  {self.decisions[-1]['reason']}" if self.decisions else text

@@ -114,7 +114,13 @@ class _Reader:
     def feed(self, line: bytes, number: int) -> None:
         try:
             self._take(json.loads(line))
-        except (ValueError, KeyError, TypeError, AttributeError):  # cut off, not ours, or from a later version
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ):  # cut off, not ours, or of a later version
             self.unreadable += 1
             if len(self.unreadable_at) < _SHOWN:
                 self.unreadable_at += (number,)

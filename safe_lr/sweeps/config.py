@@ -166,6 +166,7 @@ def violations(config: Mapping[str, Any]) -> list[str]:
     if method not in METHODS:
         found.append(f"method: {method!r} is not one of {', '.join(METHODS)}")
     found += _metric_violations(config.get("metric"), method)
+    found += _stopping_violations(config.get("early_terminate"))
     for key, kind, allowed in (("program", str, "a path"), ("name", str, "text"), ("command", list, "a list of words")):
         if key in config and not isinstance(config[key], kind):
             found.append(f"{key}: {config[key]!r} is not {allowed}")
@@ -210,11 +211,11 @@ def _fault(key: Any, spec: Any, method: Any) -> str | None:
         return f"{distribution(spec)} takes exponents for limits: write {distribution(spec)}_values, with the values"
     if distribution(spec) not in DISTRIBUTIONS:
         return f"distribution {distribution(spec)!r} is not one of {', '.join(DISTRIBUTIONS)}"
-    found = None
+    found = _shape_fault(spec)
     if "values" in spec:
-        found = _values_fault(spec)
+        found = found or _values_fault(spec)
     elif ranged or (not forms and "uniform" in distribution(spec)):
-        found = _range_fault(spec, method)
+        found = found or _range_fault(spec, method)
     return found or (_setting_fault(key.removeprefix(PREFIX), spec) if key.startswith(PREFIX) else None)
 
 
@@ -233,10 +234,30 @@ def _setting_fault(name: str, spec: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _shape_fault(spec: Mapping[str, Any]) -> str | None:
+    """What is wrong with the numbers that give a distribution its shape."""
+    for name in ("mu", "sigma", "q"):
+        if name in spec and not (_is_number(spec[name]) and (name == "mu" or spec[name] > 0)):
+            return f"{name} is {spec[name]!r}, not a number{' above 0' * (name != 'mu')}"
+    return None
+
+
+def _stopping_violations(stopping: Any) -> list[str]:
+    if stopping is None:
+        return []
+    if not isinstance(stopping, Mapping) or stopping.get("type") != "hyperband":
+        return [f"early_terminate: {stopping!r} is not {{type: hyperband, ...}}, the only kind that W&B has"]
+    if "min_iter" not in stopping and not {"max_iter", "s"} <= set(stopping):
+        return ["early_terminate: hyperband needs min_iter, or max_iter and s"]
+    return []
+
+
 def _values_fault(spec: Mapping[str, Any]) -> str | None:
     values, weights = spec["values"], spec.get("probabilities")
     if not isinstance(values, list | tuple) or not values:
         return f"values are {values!r}: give a list of at least one"
+    if weights is not None and not (isinstance(weights, list | tuple) and all(map(_is_number, weights))):
+        return f"probabilities are {weights!r}: give a list of numbers"
     if weights is not None and len(weights) != len(values):
         return f"{len(values)} values have {len(weights)} probabilities"
     if weights is not None and not math.isclose(sum(weights), 1.0, rel_tol=1e-6):

@@ -102,6 +102,8 @@ def program_of(config: Mapping[str, Any], *, folder: str | Path = ".") -> Callab
         ValueError: There is no program. The function itself raises `RuntimeError` where the program fails.
     """
     command_line(config, {})  # what is wrong is said before anything runs
+    if "${program}" in config.get("command", COMMAND) and not (Path(folder) / config["program"]).is_file():
+        raise ValueError(f"program: there is no file {config['program']!r} in {Path(folder).resolve()}")
 
     def run(params: dict[str, Any]) -> dict[str, Any]:
         environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
@@ -111,7 +113,7 @@ def program_of(config: Mapping[str, Any], *, folder: str | Path = ".") -> Callab
         )
         if done.returncode:
             last = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["it printed nothing"]
-            raise RuntimeError(f"{config['program']} ended with status {done.returncode}: {last[0]}")
+            raise RuntimeError(f"{config.get('program', 'the command')} ended with status {done.returncode}: {last[0]}")
         return last_figures(done.stdout)
 
     return run
