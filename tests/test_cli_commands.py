@@ -236,6 +236,10 @@ def test_watch_says_how_a_run_stands(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["watch", str(path), "--every", "0.01", "--timeout", "0.05"]) == 1
     assert "nothing new for 0.05 s" in capsys.readouterr().err
     assert main(["watch", str(path), "--every", "0"]) == 2
+    path.write_text("hello\n[1, 2]\n")
+    capsys.readouterr()
+    assert main(["watch", str(path), "--once"]) == 2
+    assert "holds 2 lines of something else, not a safe_lr record" in capsys.readouterr().err
 
 
 def test_the_panel_has_words_beside_colours(tmp_path: Path) -> None:

@@ -129,6 +129,11 @@ def _run(args: argparse.Namespace) -> int:
     if args.once:
         args.record.stat()  # a file that is not there is an error now
         status = next(follow(args.record, every=args.every, timeout=None))
+        if status.unreadable and not (status.row or status.decisions or status.summary):
+            raise ValueError(
+                f"{args.record} holds {status.unreadable:,} lines of something else, not a safe_lr record: give the "
+                "file that log_path= or JsonlLogger(...) named"
+            )
         print(as_json(status.to_dict()) if args.json else str(status))
         return 0
     plain = args.json or not sys.stdout.isatty() or importlib.util.find_spec("rich") is None
