@@ -307,7 +307,7 @@ class Controller:
             state.expected_cost = max(self.least_cost, found.cost)
             trial, moved = self._learn(found, lr_ref, jump, shape)
             state.cap = self.cap_under(found.lr_limit)
-            early = state.updates < state.measured_at + state.gap
+            early = not self.young and state.updates < state.measured_at + state.gap
             state.keep(found)
             state.gap = next_gap(state.gap, alarm=jump is not None, trial_failed=trial == "bad", early=early)
             state.due_at, state.retry = state.updates + state.gap, 0

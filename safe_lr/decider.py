@@ -45,6 +45,10 @@ HISTORY = 10_000
 """Decisions kept in memory."""
 
 
+def _several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 class Decider:
     """Puts instrument, controller, tuner and rewinder to work on the coming update, and keeps the record.
 
@@ -128,7 +132,9 @@ class Decider:
         """Makes a measurement due at once where the limit did not count what now moves, or how fast."""
         state, moving = self.state, self.ensemble.moving()
         woken = any(now and not then for now, then in zip(moving, state.moving, strict=False))
-        if (woken or self.rates.drifted() or self.controller.wandered) and not state.retry:
+        # Ranks whose gradient norms differ would measure at different updates, and wait for each other.
+        wandered = self.controller.wandered and not _several_processes()
+        if (woken or wandered or self.rates.drifted()) and not state.retry:
             state.due_at = min(state.due_at, state.updates)
 
     def _measure(
@@ -143,7 +149,7 @@ class Decider:
         if closures is None:
             self.warn_once("observe", NO_CLOSURE)
             return False
-        if not fixed and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if not fixed and _several_processes():
             self.warn_once("ranks", SEVERAL_RANKS)
         budget = self.controller.affordable(alarm=jump is not None)
         if not self.instrument.can_measure(closures, self.state, budget):

@@ -162,6 +162,15 @@ def test_a_measurement_comes_early_where_gradient_norms_have_wandered(
         assert measured[:6] == [0, 3, 12, 39, at, at + 81]  # as many updates later as it would have been
 
 
+def test_several_processes_measure_at_the_same_updates_whatever_their_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("safe_lr.decider._several_processes", lambda: True)
+    bowl = Bowl(lr=1e-12, probe=lambda: bowl.loss())
+    for step in range(130):
+        bowl.scale = 1.0 if step < 60 else 1 / 9
+        bowl.run()
+    assert [decision.step for decision in bowl.guard.history] == [0, 3, 12, 39, 120]
+
+
 def test_the_capped_lr_exists_only_inside_step() -> None:
     bowl = Bowl()
     for lr in (100.0, 0.1, 7.0):
