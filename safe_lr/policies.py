@@ -262,7 +262,7 @@ Trial = Literal["roomy", "fine", "tight", "bad"]
 """What trial steps found: even the longest is fine; the lengthened one is; only the planned one is; not even that."""
 
 FAILED: tuple[Trial, Trial] = ("tight", "bad")
-"""Those that lower the multiple."""
+"""Those that lower the multiple; in a young run "tight" does not: the planned step itself was found to be fine."""
 
 
 def rungs(trial_slack: float, *, binding: bool, halvings: int) -> list[float]:
