@@ -276,7 +276,7 @@ class Controller:
 
     def _set_margin(self) -> None:
         state = self.state
-        state.margin = self.policy.margin_at(state.multiple, state.share, young=self.young and self.tolerance == 1)
+        state.margin = self.policy.margin_at(state.multiple, state.share, young=self.young and self.tolerance <= 1)
 
     def _flip(self) -> float:
         """The largest c of the parameters that move, where the limit counts it."""

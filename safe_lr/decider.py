@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
+from safe_lr import processes
 from safe_lr.accounts import State
 from safe_lr.closures import Closure
 from safe_lr.controller import Controller
@@ -43,10 +43,6 @@ SEVERAL_RANKS = (
 
 HISTORY = 10_000
 """Decisions kept in memory."""
-
-
-def _several_processes() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 class Decider:
@@ -129,11 +125,11 @@ class Decider:
         self.rates.apply(state.cap)
 
     def _call_for_measuring(self) -> None:
-        """Makes a measurement due at once where the limit did not count what now moves, or how fast."""
+        """Makes a measurement due at once where the limit missed what now moves, how fast, or how large it is."""
         state, moving = self.state, self.ensemble.moving()
         woken = any(now and not then for now, then in zip(moving, state.moving, strict=False))
         # Ranks whose gradient norms differ would measure at different updates, and wait for each other.
-        wandered = self.controller.wandered and not _several_processes()
+        wandered = self.controller.wandered and processes.count() == 1
         if (woken or wandered or self.rates.drifted()) and not state.retry:
             state.due_at = min(state.due_at, state.updates)
 
@@ -149,7 +145,7 @@ class Decider:
         if closures is None:
             self.warn_once("observe", NO_CLOSURE)
             return False
-        if not fixed and _several_processes():
+        if not fixed and processes.count() > 1:
             self.warn_once("ranks", SEVERAL_RANKS)
         budget = self.controller.affordable(alarm=jump is not None)
         if not self.instrument.can_measure(closures, self.state, budget):

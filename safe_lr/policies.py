@@ -96,7 +96,8 @@ GAP_FACTOR = 3.0
 and leave a ViT without a limit from its steady state."""
 
 TRIAL_GAP = 20
-"""Longest gap between trial steps on their own, in updates, as long as TRIAL_PART pays for them."""
+"""Longest gap between trial steps on their own, in updates, as long as TRIAL_PART pays for them; shortest one between a
+measurement and an early one."""
 
 LONGEST_GAP = 10**9
 """Where gaps stop growing, far beyond any run."""
@@ -105,11 +106,11 @@ TRIAL_PART = 0.25
 """Part of the budget that trial steps between measurements may take; the rest keeps the limit itself fresh."""
 
 WANDERED = 3.0
-"""A measurement is due early where gradient norms have become this many times larger or smaller since the last one:
-cadence thins out with age, and such a change moves P, and with it gamma, as far. On the stream of benchmarks/spikes.py
-losses fell thirtyfold between two measurements; gamma rose beyond the margin's reach, and the loss went up
-ten-thousandfold over hundreds of updates of which none looked wrong beside the one before. 24 runs, two lrs: .6 spikes
-a run with 3, 1.8 with 5, some 4 without."""
+"""A measurement is due early where gradient norms, as running means of some 20 updates, have become this many times
+larger or smaller since the last one: cadence thins out with age, and P, and gamma with it, will follow them. On the
+stream of benchmarks/spikes.py losses fell thirtyfold between two measurements; gamma rose beyond the margin's reach,
+and the loss went up ten-thousandfold over hundreds of updates of which none looked wrong beside the one before. 24
+runs, two lrs: .6 spikes a run with 3, 1.8 with 5, some 4 without."""
 
 ALARM_AFTER = 10
 """Gradient norms to have seen before one can look wrong."""
@@ -131,7 +132,8 @@ class Policy:
     Attributes:
         margin: A number in (0, 1], kept strictly, or "auto": learned, at most `margin_max`.
         margin_max: Largest learned margin; 1 never leaves the linearly stable region.
-        trial_slack: A trial step `1 / trial_slack` times as long as the coming one must not fail; in (0, 1].
+        trial_slack: A trial step `1 / trial_slack` times as long as the coming one must not fail, in a young run the
+            coming one itself; in (0, 1].
         growth: Largest factor by which the cap rises in one update; at least 1.
         max_overhead: Gradient evaluations spent on measuring per update, in the long run.
         credit: Gradient evaluations that may be spent on top of that.
@@ -317,7 +319,8 @@ def learned_multiple(
 ) -> float:
     """Returns the multiple of the noise limit after trial steps.
 
-    It rises by STEP where there is room, and falls by STEP below what was planned where a trial fails.
+    It rises by STEP where there is room, and falls by STEP below what was planned where a trial fails; in a young run
+    to what its search found, which is the planned step itself where only the lengthened one fails.
 
     Args:
         multiple: The multiple so far.
@@ -435,6 +438,11 @@ class NormTrend:
     variance: float = 0.0
     count: int = 0
 
+    @property
+    def known(self) -> float | None:
+        """The mean log norm, None before ALARM_AFTER of them were seen."""
+        return self.mean if self.count >= ALARM_AFTER else None
+
     def alarming(self, norm: float) -> bool:
         """Whether a gradient norm is out of all proportion, or not finite."""
         if not math.isfinite(norm):
@@ -454,12 +462,7 @@ class NormTrend:
             >>> [trend.wandered(math.log(norm)) for norm in (1.0, 3.0, 40.0)], trend.wandered(None)
             ([True, False, True], False)
         """
-        return then is not None and abs(self.mean - then) > math.log(WANDERED)
-
-    @property
-    def known(self) -> float | None:
-        """The mean log norm, None before ALARM_AFTER of them were seen."""
-        return self.mean if self.count >= ALARM_AFTER else None
+        return then is not None and self.known is not None and abs(self.known - then) > math.log(WANDERED)
 
     def after(self, norm: float) -> NormTrend:
         """Returns the trend with one more norm in it.

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
+from safe_lr import processes
 from safe_lr.closures import Closure, Untouched, leave_no_trace, modules_in
 from safe_lr.controller import Controller
 from safe_lr.ensemble import Ensemble
@@ -296,7 +297,7 @@ class Rewinder:
         except (RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError):
             failed = 1.0  # a closure that cannot be evaluated tells nothing: the gradient alone has to do
         now, then, failed = self._summed(now, then, failed)
-        unit = self._sign() / self._ranks()
+        unit = self._sign() / processes.count(self._group)
         return None if failed else (unit * now, unit * then), 2 * COST_OF_LOSS
 
     # ---- several processes: all of them must come to one decision
@@ -305,13 +306,10 @@ class Rewinder:
         """The mean loss, None where a rank knows none, and which flags are up on any rank. One not finite is broken."""
         total, unknown, *up = self._summed(loss or 0.0, float(loss is None), *map(float, flags))
         broken = bool(up[0]) or not math.isfinite(total)
-        return (None if unknown else total / self._ranks(), broken, *map(bool, up[1:]))
-
-    def _ranks(self) -> int:
-        return dist.get_world_size(self._group) if dist.is_available() and dist.is_initialized() else 1
+        return (None if unknown else total / processes.count(self._group), broken, *map(bool, up[1:]))
 
     def _summed(self, *numbers: float) -> list[float]:
-        if self._ranks() == 1:
+        if processes.count(self._group) == 1:
             return list(numbers)
         on_gpu = dist.get_backend(self._group) == "nccl"
         device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")

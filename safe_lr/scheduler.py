@@ -55,7 +55,8 @@ class CoherenceScheduler(LRScheduler):
             trial steps on the measured batch (a margin above 1 is recorded as `beyond_linear_limit`).
         margin_max: Largest learned margin (with margin="auto"); 1 never leaves the linearly stable region.
         trial_slack: With a learned margin the coming step lengthened by `1 / trial_slack` (twice as long by default)
-            must not raise the batch's loss, or the margin falls; if one 4 times as long still is fine too, it rises.
+            must not raise the batch's loss, or the margin falls (in the first 13 updates: the coming step itself); if
+            one 4 times as long still is fine too, it rises.
         growth: Largest factor by which the cap (never the schedule) rises in one update. In the first 13 updates the
             cap follows the limit freely, since bias correction makes it rise tenfold.
         curvature: `hessian`; `empirical-fisher` (closures return per-example losses, shape (B,)), `gauss-newton` or

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from safe_lr import processes
 from safe_lr.closures import ClosureError
 from safe_lr.eigenproblem import Eigenproblem
 from safe_lr.movers import MeasurementFailed, Mover
@@ -119,7 +119,7 @@ def _differences_pay(moving: Sequence[Mover], settings: Settings, last_hvp: str 
     needed = least_matvecs(settings.bound, "one-sided") if last_hvp else products_to_verify(settings.bound)
     return (
         last_hvp in (None, "one-sided")
-        and not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+        and processes.count() == 1
         and settings.tol >= DIFFERENCES_TOL
         and not settings.smallest  # whose eigenvalue nothing checks
         and settings.max_matvecs >= needed

@@ -49,6 +49,7 @@ ORDER = (
     "objective",
     "operators",
     "graphs",
+    "processes",
     "closures",
     "preconditioners",
     "lanczos",

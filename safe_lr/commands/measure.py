@@ -52,9 +52,8 @@ def add(commands: Any) -> None:
 def _run(args: argparse.Namespace) -> int:
     if args.after < 0:
         raise ValueError(f"--after {args.after} is negative: give a number of updates")
-    with (
-        contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext()
-    ):  # what the user's code prints
+    quiet = contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext()
+    with quiet:  # what the user's code prints is not the answer
         optimizer, found = _measured(args)
     members = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
     lr = max(float(group["lr"]) for member in members for group in member.param_groups)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from safe_lr.commands.parsers import NEGATIVE, add_command, add_json, as_json
+from safe_lr.loggers.records import NOT_OURS, no_record
 from safe_lr.plots import number
 from safe_lr.plots.timeline import IN_WORDS, STATES, State, state_of
 
@@ -69,7 +70,7 @@ class Status:
                 self.summary = None
             else:
                 self.unreadable += 1
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except NOT_OURS:
             self.unreadable += 1
 
     @property
@@ -92,9 +93,8 @@ class Status:
 
     def __str__(self) -> str:
         if not self.row:
-            return "no step is on record yet" + f" ({self.unreadable:,} lines are not safe_lr's)" * (
-                self.unreadable > 0
-            )
+            foreign = f" ({self.unreadable:,} lines are not safe_lr's)" if self.unreadable else ""
+            return f"no step is on record yet{foreign}"
         figures = "  ".join(f"{name} {number(self.row.get(name))}" for name in ("lr", "cap", "margin", "utilisation"))
         text = f"step {self.row['step']:,}  {self.state}  {figures}"
         return f"{text}  {self.decisions[-1]['reason']}" if self.decisions else text
@@ -130,10 +130,7 @@ def _run(args: argparse.Namespace) -> int:
         args.record.stat()  # a file that is not there is an error now
         status = next(follow(args.record, every=args.every, timeout=None))
         if status.unreadable and not (status.row or status.decisions or status.summary):
-            raise ValueError(
-                f"{args.record} holds {status.unreadable:,} lines of something else, not a safe_lr record: give the "
-                "file that log_path= or JsonlLogger(...) named"
-            )
+            raise no_record(args.record, status.unreadable)
         print(as_json(status.to_dict()) if args.json else str(status))
         return 0
     plain = args.json or not sys.stdout.isatty() or importlib.util.find_spec("rich") is None

@@ -15,6 +15,9 @@ from safe_lr.decisions import ACTIONS, Decision
 
 Row = dict[str, float]
 
+NOT_OURS = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What reading a line raises that is cut off, not ours, or of a later version."""
+
 _SHOWN = 5  # unreadable lines that are named
 
 
@@ -88,10 +91,20 @@ def read_jsonl(path: str | os.PathLike[str]) -> Records:
             if line.strip():
                 reader.feed(line, number)
     if not (reader.runs or reader.decisions or reader.rows):
-        found = f"{reader.unreadable} lines of something else" if reader.unreadable else "nothing"
-        message = f"{os.fspath(path)} holds {found}, not a safe_lr record"
-        raise ValueError(f"{message}: give the file that log_path= or JsonlLogger(...) named")
+        raise no_record(path, reader.unreadable)
     return reader.records(Path(path).name)
+
+
+def no_record(path: str | os.PathLike[str], unreadable: int) -> ValueError:
+    """Returns the error to raise for a file without a line of ours.
+
+    Example:
+        >>> str(no_record("a.csv", 3)).partition(":")[0]
+        'a.csv holds 3 lines of something else, not a safe_lr record'
+    """
+    found = f"{unreadable} lines of something else" if unreadable else "nothing"
+    message = f"{os.fspath(path)} holds {found}, not a safe_lr record"
+    return ValueError(f"{message}: give the file that log_path= or JsonlLogger(...) named")
 
 
 class _Reader:
@@ -114,13 +127,7 @@ class _Reader:
     def feed(self, line: bytes, number: int) -> None:
         try:
             self._take(json.loads(line))
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            RecursionError,
-        ):  # cut off, not ours, or of a later version
+        except NOT_OURS:
             self.unreadable += 1
             if len(self.unreadable_at) < _SHOWN:
                 self.unreadable_at += (number,)
