@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from safe_lr.differences import Disagreement, First, checked, verified
 from safe_lr.lanczos import EigenEstimate, Matvec, both_ends, lanczos, start_vector
 from safe_lr.movers import MeasurementFailed, Mover, ascends
 from safe_lr.operators import Curvature, Product
@@ -34,10 +35,6 @@ One less than twice as large is missed at any of these sizes, and mostly by thre
 COLD_MATVECS = 4
 """Fewest products where no earlier eigenvector is known: from the gradient, three can look converged at a smaller
 eigenvalue (18 % too small on a young 5 M GPT, less than 1 % with a fourth)."""
-
-DISAGREEMENT = 0.1
-"""Relative difference of an eigenvector's products by two step sizes from which differences are not to be believed.
-The whole product is compared: over kinks (ReLU) eigenvalues alone can agree by chance, three times the right one."""
 
 
 def _is_one(p: Tensor) -> bool:
@@ -156,8 +153,7 @@ class Eigenproblem:
         self.num_matvecs = 0
         self.num_exact = 0  # of them exact ones that checked differences
         self.exact = curvature.exact  # what checks differences
-        # Products that check each solve: one at its end, and where they are exact one at its start.
-        self.checks = int(curvature.again is not None) + int(self.exact is not None)
+        self.checks = int(curvature.again is not None)  # products that check each solve
         self.smallest, self.smallest_in_shares = self._smallest_p()
         self.smallest_curved: float | None = None  # known after the first product
         self.vectors: dict[str, Tensor] = {}
@@ -299,14 +295,12 @@ class Eigenproblem:
             "max_basis": self.max_basis,
             "overwrite_v0": True,
         }
-        self.start_off = 0.0
         matvec: Matvec = functools.partial(self._matvec, scaling=scaling)
-        if self.exact is not None:
-            matvec = self._compared(matvec, scaling)
+        first = First(matvec) if self.exact is not None else None
         if both:
-            estimate, self.lowest = both_ends(matvec, v0, **options)
+            estimate, self.lowest = both_ends(first or matvec, v0, **options)
         else:
-            estimate = lanczos(matvec, v0, **options)
+            estimate = lanczos(first or matvec, v0, **options)
         if not math.isfinite(estimate.value):
             raise MeasurementFailed("the curvature is not finite", self.num_matvecs)
         if estimate.value <= 0:
@@ -315,71 +309,44 @@ class Eigenproblem:
                 self.num_matvecs,
             )
         if self.checks:
-            estimate = self._checked(estimate, scaling)
+            estimate = self._believed(estimate, scaling, first)
         self.vectors[name] = estimate.vector
         return estimate
 
-    def _compared(self, matvec: Matvec, scaling: _Scaling) -> Matvec:
-        """The products, the first of which is made exactly too, to see how far off it is."""
-        seen = False
+    def _believed(self, estimate: EigenEstimate, scaling: _Scaling, first: First | None) -> EigenEstimate:
+        """The estimate that differences gave, with the error that a check shows taken out; `first` where it is exact.
 
-        def comparing(v: Tensor) -> Tensor:
-            nonlocal seen
-            found = matvec(v)
-            if not seen:
-                seen = True
-                self.start_off = float(torch.linalg.vector_norm(self._exactly(v, scaling) - found))
-            return found
-
-        return comparing
-
-    def _exactly(self, v: Tensor, scaling: _Scaling) -> Tensor:
-        assert self.exact is not None
-        self.num_exact += 1
-        return self._matvec(v, scaling, self.exact.product)
-
-    def _checked(self, estimate: EigenEstimate, scaling: _Scaling) -> EigenEstimate:
-        """Makes the eigenvector's product once more, by other numbers; compares, and takes out the error that shows.
-
-            A' v - value v = (A' v - A v) + (A v - value v)
-
-        The last term's norm is the residual: what is left of the first one's is an error of the products. Richardson's
-        extrapolation of v' A v, of which one has `remainder` times the error of the other (none, where it is exact):
-
-            value = (v' A' v - remainder v' A v) / (1 - remainder)
-
-        Exact products tell more than kinks: differences also follow what a closure detaches, which H does not. They
-        check the first product too, since an eigenvector of both need not be the top one of both.
+        Raises:
+            MeasurementFailed: The check shows that it is wrong.
         """
-        if self.exact is not None:
-            found, part = self._exactly(estimate.vector, scaling), 0.0
-        else:
-            found, part = self._matvec(estimate.vector, scaling, self.curvature.again), self.curvature.remainder
-        along = torch.dot(estimate.vector, found)
-        off = torch.linalg.vector_norm(found - estimate.value * estimate.vector)
-        rest = torch.linalg.vector_norm(found.sub_(estimate.vector * along))
-        again, off_by, residual = torch.stack([along, off, rest]).double().tolist()
-        gap = max(off_by - estimate.residual, self.start_off) / estimate.value
-        if not gap <= DISAGREEMENT:
-            other = "exact products" if self.exact is not None else "those by another step"
+        again: Matvec = functools.partial(self._matvec, scaling=scaling, check=True)
+        try:
+            if first is not None:
+                return verified(estimate, first, again)
+            return checked(estimate, again, self.curvature.remainder)
+        except Disagreement as differ:
             raise MeasurementFailed(
-                f"products by finite differences and {other} differ by {gap:.0%}: the loss has kinks (ReLU), or "
-                "rounding errors are magnified by a tiny P or by half precision. Use a closure that can be "
-                "differentiated twice",
+                f"products by finite differences {differ}: the loss has kinks (ReLU), or rounding errors are magnified "
+                "by a tiny P or by half precision. Use a closure that can be differentiated twice",
                 self.num_matvecs,
-            )
-        value = (again - part * estimate.value) / (1 - part)
-        residual = math.hypot(max(residual, estimate.residual), again - value)
-        return replace(estimate, value=value, residual=residual)
+            ) from None
 
-    def _matvec(self, v: Tensor, scaling: _Scaling, product: Product | None = None) -> Tensor:
-        """Beside v, two more vectors live at once, of which one is returned; a third where l2 decay needs the parts."""
+    def _matvec(self, v: Tensor, scaling: _Scaling, check: bool = False) -> Tensor:
+        """The product, or with `check` the one that checks it: exact, or a difference by another step.
+
+        Beside v, two more vectors live at once, of which one is returned; a third where l2 decay needs the parts."""
         self.num_matvecs += 1
+        product = self.curvature.product
+        if check and self.exact is not None:
+            self.num_exact += 1
+            product = self.exact.product
+        elif check and self.curvature.again is not None:
+            product = self.curvature.again
         parts = [
             scaling.of(i, part.view(m.values.shape))
             for i, (part, m) in enumerate(zip(torch.split(v, self.sizes), self.movers, strict=True))
         ]
-        out = self._product(parts, product or self.curvature.product)
+        out = self._product(parts, product)
         if not any(self.l2):
             parts = []
         if self.smallest_curved is None:  # the start vector has a random part everywhere: a zero here is a zero row

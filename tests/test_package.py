@@ -52,6 +52,7 @@ ORDER = (
     "processes",
     "closures",
     "preconditioners",
+    "differences",
     "lanczos",
     "stability",
     "rewind",
