@@ -115,8 +115,8 @@ def _agreed(estimate: EigenEstimate, found: Tensor, along: Tensor, value: Tensor
         value: The better eigenvalue.
         other: What made A' v, for the error.
     """
-    off = torch.linalg.vector_norm(found - estimate.value * estimate.vector)
-    rest = torch.linalg.vector_norm(found.sub_(estimate.vector * along))
+    off = torch.linalg.vector_norm(found.sub_(estimate.vector, alpha=estimate.value))
+    rest = torch.linalg.vector_norm(found.addcmul_(estimate.vector, estimate.value - along))
     again, mended, off_by, residual = torch.stack([along, value, off, rest]).double().tolist()
     gap = (off_by - estimate.residual) / estimate.value
     if not gap <= DISAGREEMENT:

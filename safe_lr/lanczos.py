@@ -61,7 +61,7 @@ def lanczos(
 
     After k products the operator is known on the Krylov space K = span(v0, A v0, ..., A^{k-1} v0) as a tridiagonal
     matrix T; its largest eigenvalue is the Ritz value, and the residual is `beta_k |u_k|` with u the eigenvector of T.
-    Every new basis vector is orthogonalised twice against all the earlier ones. It stops on the relative residual,
+    Every new basis vector is orthogonalised against the last two, then against all. It stops on the relative residual,
     never on a count, because products needed differ from task to task; `max_matvecs` is a stop for the operator that
     never converges.
 
@@ -267,7 +267,11 @@ def _search(
 
     Gives up where the largest lies below the bar. The norm is the largest magnitude of an eigenvalue met so far.
     """
-    basis, projected, eps = [_unit(_without(locked, start.clone()))], _Projected(), torch.finfo(start.dtype).eps
+    basis, projected, eps = (
+        [_unit(_without(locked, _without(locked, start.clone())))],
+        _Projected(),
+        torch.finfo(start.dtype).eps,
+    )
     sure = max(3, math.ceil(math.log(start.numel())))  # a random start hides what it misses by 1 / sqrt(n) at first
     while True:
         w, a, b = _expand(matvec, basis, locked)
@@ -382,16 +386,16 @@ def _expand(matvec: Matvec, basis: Sequence[Tensor], locked: Sequence[Tensor] = 
     if w.untyped_storage().data_ptr() == basis[-1].untyped_storage().data_ptr():
         w = w.clone()  # ours to change: a matvec may return its argument
     alpha = torch.dot(w, basis[-1])
+    _without(basis[-2:], w)  # all that there is of A's, but for rounding and right after a restart
     _without([*locked, *basis], w)
     a, b = torch.stack([alpha, torch.linalg.vector_norm(w)]).double().tolist()
     return w, a, b
 
 
 def _without(basis: Sequence[Tensor], w: Tensor) -> Tensor:
-    """Takes the basis out of w, in place: twice, which is enough."""
-    for _ in range(2):
-        for q in basis:
-            w.addcmul_(q, torch.dot(q, w), value=-1)
+    """Takes the basis out of w, in place."""
+    for q in basis:
+        w.addcmul_(q, torch.dot(q, w), value=-1)
     return w
 
 
