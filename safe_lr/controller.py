@@ -49,12 +49,14 @@ class Controller:
         policy: The settings.
         least_cost: Gradient evaluations below which no measurement is worth starting.
         momentum: Whether the limit counts momentum.
-        adaptive: Whether P is made of gradients.
+        adaptive: Whether P is made of past gradients.
+        follows_gradients: Whether P is made of gradients at all.
         searched: Whether the limit is found by trial steps instead of measured.
         tolerance: The optimizer's own factor on the noise limit.
 
     Attributes:
         state: What a resumed run must remember.
+        early: Whether the coming update is to measure before its time.
 
     Example:
         >>> controller = Controller(Policy(margin=0.5), least_cost=8.0)
@@ -73,13 +75,15 @@ class Controller:
         *,
         momentum: bool = True,
         adaptive: bool = False,
+        follows_gradients: bool = False,
         searched: bool = False,
         tolerance: float = 1.0,
     ) -> None:
         if searched and policy.learns:
             policy = replace(policy, margin_max=min(policy.margin_max, MARGIN_SEARCHED))
         self.policy, self.least_cost = policy, least_cost
-        self.momentum, self.adaptive, self.searched, self.tolerance = momentum, adaptive, searched, tolerance
+        self.momentum, self.adaptive, self.follows_gradients = momentum, adaptive, follows_gradients
+        self.searched, self.tolerance, self.early = searched, tolerance, False
         margin = policy.margin_at(MULTIPLE_START, 1.0, young=True)
         self.state = State(MULTIPLE_START, margin, expected_cost=least_cost)
 
@@ -116,7 +120,7 @@ class Controller:
     def due(self, *, alarm: bool = False) -> bool:
         """Whether the coming update is to measure, in time and in cost. An alarm needs no more than the least cost."""
         state = self.state
-        if not (alarm or state.updates >= state.due_at):
+        if not (alarm or self.early or state.updates >= state.due_at):
             return False
         return self.affordable(alarm=alarm) >= (self.least_cost if alarm else state.expected_cost)
 
@@ -126,10 +130,10 @@ class Controller:
 
     @property
     def wandered(self) -> bool:
-        """Whether gradient norms have changed so much since the last measurement that a new one is due."""
+        """Whether gradient norms, which P follows, have changed so much that a new measurement is due."""
         state = self.state
         settled = not self.young and state.updates >= state.measured_at + TRIAL_GAP
-        return settled and state.trend.wandered(state.usual)
+        return self.follows_gradients and settled and state.trend.wandered(state.usual)
 
     @property
     def can_try(self) -> bool:
@@ -172,12 +176,19 @@ class Controller:
     def in_force(self, measured: float) -> float:
         """Returns the limit to act on: the measured one; with a learned margin the median of the newest ones.
 
-        A young run's limits have no vote, and the newest counts alone as long as there is none.
+        A young run's limits have no vote, and the newest counts alone as long as there is none. One that comes early
+        is of another time than those before, which then have one vote together.
         """
         flip = self._flip()
         if not self.policy.learns or self.young or not self.state.votes:
             return measured
-        return median_limit([*self.state.votes, measured / flip]) * flip
+        return median_limit([*self._votes, measured / flip]) * flip
+
+    @property
+    def _votes(self) -> list[float]:
+        """The limits of earlier measurements that count."""
+        votes = self.state.votes
+        return [median_limit(votes)] if votes and self.early else votes
 
     def weighed(self, found: Measurement, lr_ref: float, shape: float = 1.0, *, alarm: bool = False) -> Measurement:
         """Returns a good measurement with the limit in force in it.
@@ -189,7 +200,7 @@ class Controller:
         if alarm or self._verdict(found, self.planned(limit, lr_ref, shape)) == "bad":
             limit = min(limit, found.lr_limit)
         if self.state.updates >= MATURE:
-            self.state.votes = [*self.state.votes, found.lr_limit / self._flip()][-VOTES:]
+            self.state.votes = [*self._votes, found.lr_limit / self._flip()][-VOTES:]
         return replace(found, lr_limit=limit)
 
     def lr_to_try(
@@ -307,9 +318,8 @@ class Controller:
             state.expected_cost = max(self.least_cost, found.cost)
             trial, moved = self._learn(found, lr_ref, jump, shape)
             state.cap = self.cap_under(found.lr_limit)
-            early = not self.young and state.updates < state.measured_at + state.gap
             state.keep(found)
-            state.gap = next_gap(state.gap, alarm=jump is not None, trial_failed=trial == "bad", early=early)
+            state.gap = next_gap(state.gap, alarm=jump is not None, trial_failed=trial == "bad", early=self.early)
             state.due_at, state.retry = state.updates + state.gap, 0
         state.trial_at = state.updates + state.trial_gap
         return trial, moved

@@ -107,7 +107,7 @@ class Decider:
             return  # no gradients: nothing moves
         if self.rewinder is not None and self._refused(self.rewinder, size, loss, observed):
             return
-        self._call_for_measuring()
+        control.early = self._called_for()
         if state.cap is not None and state.following:
             control.follow(self._rules())
         usual, alarm = state.trend, state.trend.alarming(size)
@@ -124,14 +124,19 @@ class Decider:
             state.cap = control.cap_under(state.figures["lr_limit"])
         self.rates.apply(state.cap)
 
-    def _call_for_measuring(self) -> None:
-        """Makes a measurement due at once where the limit missed what now moves, how fast, or how large it is."""
+    @property
+    def due(self) -> bool:
+        """Whether the coming update will measure, as far as can be told before it."""
+        self.controller.early = self._called_for()
+        return self.controller.due()
+
+    def _called_for(self) -> bool:
+        """Whether to measure before its time, for the limit missed what now moves, how fast, or P's size."""
         state, moving = self.state, self.ensemble.moving()
         woken = any(now and not then for now, then in zip(moving, state.moving, strict=False))
         # Ranks whose gradient norms differ would measure at different updates, and wait for each other.
         wandered = self.controller.wandered and processes.count() == 1
-        if (woken or wandered or self.rates.drifted()) and not state.retry:
-            state.due_at = min(state.due_at, state.updates)
+        return (woken or wandered or self.rates.drifted()) and state.updates < state.due_at and not state.retry
 
     def _measure(
         self,
@@ -150,11 +155,12 @@ class Decider:
         budget = self.controller.affordable(alarm=jump is not None)
         if not self.instrument.can_measure(closures, self.state, budget):
             return False
-        if jump is None:
+        usual = jump is None and not self.controller.early
+        if usual:
             self.tuner.before_measuring(self.controller.press(self.rates.wanted), self.state.updates)
         found = self._measured(watch(closures), budget, fixed=fixed)
         self._decide(found, jump)
-        self._tune(found, usual=jump is None)
+        self._tune(found, usual=usual)
         return True
 
     def _refused(
@@ -284,7 +290,7 @@ class Decider:
         self._record(*state.explain(found, before, after, capped=self.rates.capped), found, before, after)
 
     def _tune(self, found: Measurement, *, usual: bool) -> None:
-        """After a measurement, `usual` unless something looked wrong: moves betas.
+        """After a measurement, `usual` unless something looked wrong or it came early: moves betas.
 
         P goes on as it was; what b1 does to c, the limit follows.
         """

@@ -93,8 +93,13 @@ class Ensemble:
 
     @property
     def adaptive(self) -> bool:
-        """Whether some member's P is made of gradients."""
+        """Whether some member's P is made of past gradients."""
         return any(model.second_moments for model in self.models)
+
+    @property
+    def follows_gradients(self) -> bool:
+        """Whether some member's P is made of gradients, past ones or the coming step's own."""
+        return self.adaptive or "local scale" in self.kinds
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

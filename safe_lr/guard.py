@@ -134,6 +134,7 @@ class CoherenceGuard:
             self.settings.least_cost,
             momentum=bound == "momentum",
             adaptive=self.ensemble.adaptive,
+            follows_gradients=self.ensemble.follows_gradients,
             searched="trial" in self.ensemble.kinds,
             tolerance=self.ensemble.tolerance,
         )
@@ -194,8 +195,11 @@ class CoherenceGuard:
 
     @property
     def due(self) -> bool:
-        """Whether the coming update will measure; an alarm can make one that is not due do so too."""
-        return self._controller.due()
+        """Whether the coming update will measure; an alarm can make one that is not due do so too.
+
+        Parameters that begin to move count once they have a gradient.
+        """
+        return self._decider.due
 
     @property
     def history(self) -> deque[Decision]:

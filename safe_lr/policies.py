@@ -452,7 +452,10 @@ class NormTrend:
         return math.log(norm) > self.mean + max(ALARM_DEVIATIONS * math.sqrt(self.variance), math.log(ALARM_FACTOR))
 
     def wandered(self, then: float | None) -> bool:
-        """Whether gradient norms are out of proportion to those of another time.
+        """Whether gradient norms are out of proportion to those of another time, and by more than they scatter.
+
+        A few odd gradients move the mean less than they widen the scatter; norms that stay at a new level move it by
+        more after 14 updates.
 
         Args:
             then: The trend's mean at that time; None where it was not known, which nothing is out of proportion to.
@@ -461,8 +464,12 @@ class NormTrend:
             >>> trend = NormTrend(mean=math.log(6.0), count=20)
             >>> [trend.wandered(math.log(norm)) for norm in (1.0, 3.0, 40.0)], trend.wandered(None)
             ([True, False, True], False)
+            >>> trend.after(1e-12).wandered(trend.mean)
+            False
         """
-        return then is not None and self.known is not None and abs(self.known - then) > math.log(WANDERED)
+        if then is None or self.known is None:
+            return False
+        return abs(self.known - then) > max(math.log(WANDERED), math.sqrt(self.variance))
 
     def after(self, norm: float) -> NormTrend:
         """Returns the trend with one more norm in it.

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 
 from safe_lr import CoherenceGuard, CoherenceScheduler, Decision
+from safe_lr.controller import Controller
 from safe_lr.ensemble import Ensemble
-from safe_lr.policies import FREE_UPDATES, MARGIN_MIN, MARGIN_YOUNG, MULTIPLE_START
+from safe_lr.measurement import Measurement
+from safe_lr.policies import FREE_UPDATES, MARGIN_MIN, MARGIN_YOUNG, MULTIPLE_START, Policy
 from tests.cases import Case
 
 CAP = 0.25  # of a Bowl at margin .5: half of 2 / 4
@@ -150,7 +152,7 @@ def test_the_cap_rises_by_at_most_growth(growth: float) -> None:
 def test_a_measurement_comes_early_where_gradient_norms_have_wandered(
     scale: Callable[[int], float], early: int | None
 ) -> None:
-    bowl = Bowl(lr=1e-12)
+    bowl = Bowl(Case(Adam), lr=1e-12)
     for step in range(350):
         bowl.scale = 1.0 if step < 60 else scale(min(step, 100) - 60)
         bowl.run()
@@ -160,6 +162,43 @@ def test_a_measurement_comes_early_where_gradient_norms_have_wandered(
     else:
         at = 60 + early
         assert measured[:6] == [0, 3, 12, 39, at, at + 81]  # as many updates later as it would have been
+
+
+def test_what_no_gradient_enters_does_not_wander_with_them() -> None:
+    bowl = Bowl(lr=1e-12)
+    for step in range(130):
+        bowl.scale = 1.0 if step < 60 else 1 / 9
+        bowl.run()
+    assert [decision.step for decision in bowl.guard.history] == [0, 3, 12, 39, 120]
+
+
+@pytest.mark.parametrize("odd", [1, 13])
+def test_a_few_gradients_of_nearly_nothing_are_no_new_level(odd: int) -> None:
+    bowl = Bowl(Case(Adam), lr=1e-12)
+    for step in range(130):
+        bowl.scale = 1e-12 if 60 <= step < 60 + odd else 1.0
+        bowl.run()
+    assert [decision.step for decision in bowl.guard.history] == [0, 3, 12, 39, 120]
+
+
+def test_due_knows_of_a_measurement_that_comes_early() -> None:
+    bowl, due = Bowl(Case(Adam), lr=1e-12), []
+    for step in range(100):
+        bowl.scale = 1.0 if step < 60 else 1 / 9
+        due += [step] * bowl.guard.due
+        bowl.run()
+    assert due == [decision.step for decision in bowl.guard.history] and due[-1] == 74
+
+
+def test_an_early_measurement_has_a_vote_against_all_that_came_before() -> None:
+    """Three earlier limits of one size and a new one of a hundredth: in time the median is theirs, early it is not."""
+    for early, expected in ((False, 1.0), (True, 0.1)):
+        control = Controller(Policy(), least_cost=8.0)
+        control.state = replace(control.state, updates=100, votes=[1.0, 1.0, 1.0], flips=[1.0])
+        control.early = early
+        assert control.in_force(0.01) == pytest.approx(expected)
+        control.weighed(Measurement(lr_limit=0.01), lr_ref=1.0)
+        assert control.state.votes == ([1.0, 0.01] if early else [1.0, 1.0, 0.01])
 
 
 def test_several_processes_measure_at_the_same_updates_whatever_their_norms(monkeypatch: pytest.MonkeyPatch) -> None:
