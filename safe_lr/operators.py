@@ -178,7 +178,7 @@ def finite_difference_hessian(
     def difference(vectors: Sequence[Tensor], step: float) -> list[Tensor]:
         ahead = at(vectors, step)
         behind, width = (here, step) if one_sided else (at(vectors, -step), 2 * step)
-        return [(a - b) / width for a, b in zip(ahead, behind, strict=True)]
+        return [(a - b).div_(width) for a, b in zip(ahead, behind, strict=True)]
 
     def product(vectors: Sequence[Tensor], part: float = 1.0) -> list[Tensor]:
         size = float(torch.stack([torch.linalg.vector_norm(v).double() for v in vectors]).norm())
