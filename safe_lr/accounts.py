@@ -25,8 +25,8 @@ COUNTED = (
 """What a run has done and spent stays so, also where it goes back to an earlier state."""
 
 LIMITED = (
-    "cap", "measured_limit", "flips", "share", "votes", "moving", "following", "figures", "expected_cost", "gap",
-    "measured_at", "usual",
+    "cap", "measured_limit", "flips", "share", "votes", "alone", "moving", "following", "figures", "expected_cost",
+    "gap", "measured_at", "usual",
 )  # fmt: skip
 """What a measurement leaves behind."""
 
@@ -44,6 +44,7 @@ class State:
     flips: list[float | None] = field(default_factory=list)  # each parameter's c at that measurement, None: no gradient
     share: float = 1.0  # the noise limit as a part of lr_limit, at the coming step
     votes: list[float] = field(default_factory=list)  # the newest limits, each divided by its c
+    alone: bool = False  # whether the limit in force is a single low one, on a witness, instead of their median
     moving: list[bool] = field(default_factory=list)  # which parameters had a gradient at that measurement
     following: bool = False  # whether c still moves
     due_at: int = 0

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from safe_lr.accounts import State
+from safe_lr.decisions import Action
 from safe_lr.measurement import Measurement
 from safe_lr.policies import (
     FAILED,
@@ -194,10 +195,13 @@ class Controller:
         """Returns a good measurement with the limit in force in it.
 
         Curvature needs a witness: a limit far below the others counts at once, and alone, only where a step under
-        theirs would raise the batch's loss: the planned one, or, at an alarm, one at the cap.
+        theirs would raise the batch's loss: the planned one, or, at an alarm, one at the cap. It does so until trial
+        steps between measurements find room under it (`settle_trial`).
         """
         limit = self.in_force(found.lr_limit)
+        self.state.alone = False
         if alarm or self._verdict(found, self.planned(limit, lr_ref, shape)) == "bad":
+            self.state.alone = found.lr_limit < limit
             limit = min(limit, found.lr_limit)
         if self.state.updates >= MATURE:
             self.state.votes = [*self._votes, found.lr_limit / self._flip()][-VOTES:]
@@ -324,14 +328,31 @@ class Controller:
         state.trial_at = state.updates + state.trial_gap
         return trial, moved
 
-    def settle_trial(self, tried: Measurement, lr_ref: float, shape: float = 1.0) -> tuple[Trial | None, str | None]:
-        """Takes trial steps in: moves the margin; returns what they found, and what moved the margin."""
+    def settle_trial(self, tried: Measurement, lr_ref: float, shape: float = 1.0) -> tuple[Action, str] | None:
+        """Takes trial steps in: moves the margin, or the limit; returns what was done and why, None for nothing."""
         state = self.state
-        trial, moved = self._learn(tried, lr_ref, None, shape)
+        trial = self._verdict(tried, self.planned(tried.lr_limit, lr_ref, shape))
+        told: tuple[Action, str] | None = None
+        if state.alone and trial == "roomy":
+            state.trial, told = trial, self._outvoted(tried)
+        elif (moved := self._learn(tried, lr_ref, None, shape)[1]) is not None:
+            told = "margin", moved
         state.trial_gap = next_trial_gap(state.trial_gap)
         state.trial_at = state.updates + state.trial_gap
-        state.cap = self.cap_under(tried.lr_limit)
-        return trial, moved
+        state.cap = self.cap_under(state.figures["lr_limit"])
+        return told
+
+    def _outvoted(self, tried: Measurement) -> tuple[Action, str]:
+        """Puts the median of the votes in force again, where the limit that counted alone has proved to be too low."""
+        state, low = self.state, self.state.figures["lr_limit"]
+        rise = max(1.0, median_limit(state.votes) * self._flip() / state.measured_limit)
+        state.alone, state.measured_limit = False, rise * state.measured_limit
+        state.figures["lr_limit"] = high = rise * low
+        return "raise", (
+            f"limit {low:.3g} -> {high:.3g}, the median of the newest: the lower one was of a single batch, and even a "
+            f"trial step (lr {tried.trial_lr:.3g}) would move this one's loss from {tried.loss:.4g} to "
+            f"{tried.trial_loss:.4g}"
+        )
 
     def _verdict(self, found: Measurement, planned: float) -> Trial | None:
         if found.trial_failed is None or found.trial_lr is None or not planned > 0:

@@ -219,12 +219,14 @@ class Decider:
         found = self._tried(closures, self.rates.wanted, self.rates.shape)
         state.count(found)
         state.trial_cost += found.cost
-        _, moved = self.controller.settle_trial(found, self.rates.wanted, self.rates.shape)
+        lr = self.rates.applied[self.rates.reference]
+        told = self.controller.settle_trial(found, self.rates.wanted, self.rates.shape)
         self.rates.apply(self.state.cap)
-        if moved is not None or found.failure is not None:
-            action: Action = "margin" if moved is not None else "hold"
-            lr = self.rates.applied[self.rates.reference]
-            self._record(action, moved or f"{found.failure}; the cap {state.cap:.3g} stays", found, lr, lr)
+        if told is None and found.failure is not None:
+            told = "hold", f"{found.failure}; the cap {state.cap:.3g} stays"
+        if told is not None:
+            found = replace(found, lr_limit=self.state.figures["lr_limit"])
+            self._record(*told, found, lr, self.rates.applied[self.rates.reference])
 
     def _measured(self, closures: list[Closure], budget: float, *, fixed: bool) -> Measurement:
         """Measures the coming step; whatever goes wrong becomes the measurement's `failure`."""

@@ -21,10 +21,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 
 from safe_lr import CoherenceGuard, CoherenceScheduler, Decision
-from safe_lr.controller import Controller
 from safe_lr.ensemble import Ensemble
-from safe_lr.measurement import Measurement
-from safe_lr.policies import FREE_UPDATES, MARGIN_MIN, MARGIN_YOUNG, MULTIPLE_START, Policy
+from safe_lr.policies import FREE_UPDATES, MARGIN_MIN, MARGIN_YOUNG, MULTIPLE_START
 from tests.cases import Case
 
 CAP = 0.25  # of a Bowl at margin .5: half of 2 / 4
@@ -188,17 +186,6 @@ def test_due_knows_of_a_measurement_that_comes_early() -> None:
         due += [step] * bowl.guard.due
         bowl.run()
     assert due == [decision.step for decision in bowl.guard.history] and due[-1] == 74
-
-
-def test_an_early_measurement_has_a_vote_against_all_that_came_before() -> None:
-    """Three earlier limits of one size and a new one of a hundredth: in time the median is theirs, early it is not."""
-    for early, expected in ((False, 1.0), (True, 0.1)):
-        control = Controller(Policy(), least_cost=8.0)
-        control.state = replace(control.state, updates=100, votes=[1.0, 1.0, 1.0], flips=[1.0])
-        control.early = early
-        assert control.in_force(0.01) == pytest.approx(expected)
-        control.weighed(Measurement(lr_limit=0.01), lr_ref=1.0)
-        assert control.state.votes == ([1.0, 0.01] if early else [1.0, 1.0, 0.01])
 
 
 def test_several_processes_measure_at_the_same_updates_whatever_their_norms(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -270,6 +270,49 @@ def test_a_low_limit_counts_alone_only_where_the_planned_step_fails() -> None:
     assert made.weighed(low, 100.0).lr_limit == 0.01 and made.state.votes == []
 
 
+def test_an_early_measurement_has_a_vote_against_all_that_came_before() -> None:
+    """Three limits of one size and a new one of a hundredth: in time the median is theirs, early it lies between."""
+    for early, expected in ((False, 1.0), (True, 0.1)):
+        made = controller(50, votes=[0.5, 0.5, 0.5])
+        made.early = early
+        assert made.in_force(0.01) == pytest.approx(expected)
+        made.weighed(replace(FOUND, lr_limit=0.01), 100.0)
+        assert made.state.votes == pytest.approx([0.5, 0.005] if early else [0.5, 0.5, 0.005])
+
+
+def alarmed() -> Controller:
+    """Thirty updates old, lr 2 at a limit of 1, after an alarm whose batch had a limit of a hundredth."""
+    made = controller(30, votes=[0.5, 0.5], cap=2.0, multiple=2.0)
+    low = made.weighed(replace(FOUND, lr_limit=0.01, trial_loss=None), 100.0, alarm=True)
+    made.settle(low, lr_ref=100.0, jump="the gradient norm is 9, usual is 1")
+    assert (low.lr_limit, made.state.cap, made.state.alone) == (0.01, 0.02, True)
+    made.state.updates += 5
+    return made
+
+
+def test_the_limit_of_an_alarm_counts_alone_until_trial_steps_find_room_under_it() -> None:
+    made = alarmed()
+    planned = made.planned(0.01, 100.0)
+    fine = replace(FOUND, lr_limit=0.01, trial_lr=2 * planned, trial_loss=0.9)
+    assert made.settle_trial(fine, 100.0) is None
+    assert made.state.alone and made.state.figures["lr_limit"] == 0.01
+    roomy = replace(FOUND, lr_limit=0.01, trial_lr=8 * made.planned(0.01, 100.0), trial_loss=0.9)
+    told = made.settle_trial(roomy, 100.0)
+    assert told is not None and told[0] == "raise" and "limit 0.01 -> 1, the median of the newest" in told[1]
+    assert made.state.figures["lr_limit"] == made.state.measured_limit == pytest.approx(1.0)
+    assert made.state.multiple == 2.0  # the limit was too low, not the multiple
+    assert made.state.cap == pytest.approx(made.policy.growth**5 * 0.02, rel=1e-2)  # raise slowly
+    told = made.settle_trial(replace(roomy, lr_limit=1.0, trial_lr=8 * made.planned(1.0, 100.0)), 100.0)
+    assert told is not None and told[0] == "margin" and made.state.multiple == 3.0
+
+
+def test_the_next_measurement_ends_what_counts_alone() -> None:
+    made = alarmed()
+    made.state.figures["lr_limit"] = 0.01
+    assert made.weighed(replace(FOUND, lr_limit=1.1, trial_loss=None), 100.0).lr_limit == pytest.approx(1.0)
+    assert not made.state.alone
+
+
 def test_the_margin_follows_the_momentum_of_a_young_average() -> None:
     made = Controller(Policy(), least_cost=8.0, adaptive=True)
     margins = []
