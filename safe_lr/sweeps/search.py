@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
 from safe_lr.loggers import is_stop_request
-from safe_lr.sweeps.config import check
+from safe_lr.sweeps.checks import check, wandbs_search
 from safe_lr.sweeps.pruning import PRUNED
 from safe_lr.sweeps.spaces import Choice, space
 
@@ -176,10 +176,18 @@ def make_engine(config: Mapping[str, Any], engine: str, seed: int) -> Engine:
     """
     if engine not in ENGINES:
         raise ValueError(f"engine={engine!r} is not one of {', '.join(ENGINES)}")
-    for name, made in (("sweeps", _Sweeps), ("optuna", _Optuna)):
-        installed = importlib.util.find_spec(name) is not None
+    if config["method"] == "custom" or "parameters" not in config:
+        raise ValueError(
+            "method: custom is for a scheduler of your own under W&B; a local search is bayes, random or grid"
+        )
+    for name, made, installed, line in (
+        ("sweeps", _Sweeps, wandbs_search() is not None, "safe_lr[search]' && pip install --no-deps 'sweeps>=0.3"),
+        ("optuna", _Optuna, importlib.util.find_spec("optuna") is not None, "optuna"),
+    ):
         if engine == name and not installed:
-            raise ImportError(f"engine={engine!r} needs the package {name!r}: install it, or take engine='built-in'")
+            raise ImportError(
+                f"engine={engine!r} needs the package {name!r}: pip install '{line}', or take engine='built-in'"
+            )
         if engine == name or (engine == "auto" and installed):
             return made(config, seed)
     return _BuiltIn(config, seed)

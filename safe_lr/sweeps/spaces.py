@@ -19,18 +19,25 @@ _RANGES = {
 LOCAL = ("constant", "categorical", "categorical_w_probabilities", *_RANGES)
 """The distributions that a local search can draw from."""
 
-DISTRIBUTIONS = (
-    *LOCAL,
-    *(
-        "inv_log_uniform_values",
-        "normal",
-        "q_normal",
-        "log_normal",
-        "q_log_normal",
-        "beta",
-        "q_beta",
-    ),
-)
+_ENDS = ("min", "max")
+FORMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    # distribution: the keys that it needs, those that it may have
+    "constant": (("value",), ()),
+    "categorical": (("values",), ()),
+    "categorical_w_probabilities": (("values", "probabilities"), ()),
+    "uniform": (_ENDS, ()),
+    "q_uniform": (_ENDS, ("q",)),
+    "int_uniform": (_ENDS, ()),
+    "log_uniform_values": (_ENDS, ()),
+    "q_log_uniform_values": (_ENDS, ("q",)),
+    "inv_log_uniform_values": (_ENDS, ()),
+    "normal": ((), ("mu", "sigma")),
+    "q_normal": ((), ("mu", "sigma", "q")),
+    "log_normal": ((), ("mu", "sigma")),
+    "q_log_normal": ((), ("mu", "sigma", "q")),
+    "beta": ((), ("a", "b")),
+    "q_beta": ((), ("a", "b", "q")),
+}
 """Those that W&B takes. It knows log_uniform, with exponents for limits, too, and says that it is not to be used."""
 
 
