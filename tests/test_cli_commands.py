@@ -35,6 +35,14 @@ def make(lr=0.1, closure=None):
     return model, optimizer, closure or (lambda: (curvature * model.weight**2).sum())
 
 def close(): return make(0.4)[1:]
+def adaptive():
+    model, _, closure = make()
+    return torch.optim.Adam(model.parameters(), lr=0.1), closure
+def both():
+    model, _, closure = make()
+    extra = torch.nn.Parameter(torch.ones(1))
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1), torch.optim.Adam([extra], lr=0.1)]
+    return optimizers, lambda: closure() + (extra**2).sum()
 def beyond():
     _, optimizer, closure = make(2.0)
     return {"optimizer": optimizer, "closure": closure}
@@ -71,7 +79,22 @@ def test_measure_tells_curvature_limits_and_a_verdict(module: str, capsys: pytes
     assert main(["measure", f"{module}:close"]) == 0
     out = capsys.readouterr().out
     assert "verdict: close: lr 0.4 is 0.8 times the momentum limit 0.5" in out
-    assert out.count("limit") >= 4 and "note: the optimizer has made no update yet" in out
+    assert out.count("limit") >= 4 and "note: " not in out
+
+
+@pytest.mark.parametrize(
+    ("target", "after", "noted"),
+    [("make", 0, False), ("adaptive", 0, True), ("adaptive", 3, False), ("both", 0, True)],
+)
+def test_measure_notes_that_an_adaptive_optimizers_limit_is_still_to_grow(
+    module: str, target: str, after: int, noted: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And only that: P of gradient descent is 1 from the first update on, though it never has a state."""
+    arguments = ["measure", f"{module}:{target}", "--after", str(after)]
+    assert main(arguments) in (0, 1)
+    assert ("note: the optimizer has made no update yet, and it is adaptive" in capsys.readouterr().out) is noted
+    assert main([*arguments, "--json"]) in (0, 1)
+    assert (json.loads(capsys.readouterr().out)["note"] is not None) is noted
 
 
 def test_measure_ends_with_1_where_the_answer_is_no(module: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -342,7 +365,9 @@ def test_agents_are_wandbs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(subprocess, "run", started)
+    monkeypatch.setattr("safe_lr.commands.sweep._find", asked.append)
     assert main(["sweep", "agent", "team/mine/abc", "--count", "2"]) == 0
+    assert asked[-1] == "team/mine/abc"
     command, environment = ran[0]
     assert command[1:] == ["-m", "safe_lr.sweeps.agent", "--count", "2", "team/mine/abc"]
     assert "WANDB_SERVICE" not in environment
@@ -372,6 +397,7 @@ def test_an_agent_whose_runs_all_failed_ends_with_1(
             raise error
 
     monkeypatch.setattr(wandb, "agent", agent)
+    monkeypatch.setattr("safe_lr.commands.sweep._find", lambda sweep: None)
     monkeypatch.setattr("safe_lr.sweeps.load_function", lambda target: under_wandb)
     assert main(["sweep", "agent", "abc", "--function", "any:thing"]) == status
 
@@ -398,6 +424,17 @@ def test_an_agent_whose_runs_all_failed_ends_with_1(
     poll = Process.poll
     assert work(["abc"]) == status
     assert Process.poll is poll
+
+
+def test_wandbs_own_command_failing_is_to_be_mended(monkeypatch: pytest.MonkeyPatch) -> None:
+    cli = pytest.importorskip("wandb.cli.cli")
+    from safe_lr.sweeps.agent import work
+
+    def command(arguments: list[str], *, prog_name: str) -> None:
+        raise SystemExit(1)
+
+    monkeypatch.setattr(cli, "cli", command)
+    assert work(["abc"]) == 2
 
 
 # ---- demo, help

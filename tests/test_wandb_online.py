@@ -234,6 +234,28 @@ def test_an_agent_tells_that_every_run_failed(server: WandbServer, root: Path) -
     assert main(["sweep", "agent", f"p/{sweep}", "--count", "2"]) == 1
 
 
+@pytest.mark.parametrize("more", [[], ["--function", "tests.test_wandb_online:hopeless"]], ids=["program", "function"])
+def test_an_agent_for_a_sweep_that_is_not_there_says_so(
+    more: list[str], server: WandbServer, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safe_lr.__main__ import main
+
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    for name, message in (
+        ("p/nothere0", f"there is no sweep 'p/nothere0' at {server.url} ("),
+        ("nothere0", "(missing project)): give ENTITY/PROJECT/ID, as it stands in the sweep's address"),
+        ("a/b/c/d", "'a/b/c/d' names no sweep: give ENTITY/PROJECT/ID"),
+    ):
+        assert main(["sweep", "agent", name, *more]) == 2
+        (said,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("safe-lr: error: "))
+        assert message in said
+    server.fail = "401"
+    wandb.teardown()
+    assert main(["sweep", "agent", "p/nothere0", *more]) == 2
+    assert "safe-lr: error: W&B: Failed to verify credentials" in capfd.readouterr().err
+    server.fail = None
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:W&B attach failed:RuntimeWarning")
 def test_an_unsafe_point_is_pruned_and_its_run_ends_normally(server: WandbServer, tmp_path: Path) -> None:

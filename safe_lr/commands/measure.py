@@ -22,8 +22,8 @@ It prints the curvature, every limit on lr, and what they say about the lr that 
 lr is beyond the limit, or nothing could be measured."""
 
 _YOUNG = (
-    "the optimizer has made no update yet; an adaptive one's limit grows up to ten-thousandfold in its first updates: "
-    "--after 20 measures then"
+    "the optimizer has made no update yet, and it is adaptive: its limit grows up to ten-thousandfold in the first "
+    "updates. --after 20 measures then"
 )
 
 
@@ -58,16 +58,27 @@ def _run(args: argparse.Namespace) -> int:
     members = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
     lr = max(float(group["lr"]) for member in members for group in member.param_groups)
     word, text = verdict(lr, found.lr_limit, args.bound) if found.failure is None else ("failed", found.failure)
-    young = not any(member.state for member in members)
+    young = _YOUNG if word != "failed" and any(map(_is_young, members)) else None
+    notes = [note for note in (found.note, young) if note is not None]
     if args.json:
         fields = {name: value for name, value in asdict(found).items() if name != "vectors"}
+        fields["note"] = "; ".join(notes) or None
         print(as_json({"lr": lr, "verdict": word, "explanation": text, "updates": args.after, **fields}))
     else:
         _print(found, lr, args.bound)
         print(f"verdict: {word}: {text}")
-        if young and word != "failed":
-            print(f"note: {_YOUNG}")
+        for note in notes:
+            print(f"note: {note}")
     return NEGATIVE if word in ("beyond", "failed") else 0
+
+
+def _is_young(optimizer: Any) -> bool:
+    """Whether it divides by second moments, and has none yet. Gradient descent's P is 1 from the first update on."""
+    from safe_lr.ensemble import unwrapped
+    from safe_lr.preconditioners import preconditioner_of
+
+    optimizer = unwrapped(optimizer)
+    return not optimizer.state and bool(preconditioner_of(optimizer).second_moments)
 
 
 def _measured(args: argparse.Namespace) -> tuple[Any, Measurement]:

@@ -16,6 +16,8 @@ from safe_lr.commands.parsers import NEGATIVE, add_command, add_json, as_json, p
 
 NO_WANDB = "this needs W&B: pip install wandb, or search without it: safe-lr sweep run --local"
 
+_ADDRESS = "give ENTITY/PROJECT/ID, as it stands in the sweep's address (`safe-lr sweep run SWEEP.yaml` makes a sweep)"
+
 
 def add(commands: Any) -> None:
     """Adds the command and its three parts."""
@@ -208,11 +210,33 @@ def _run_under_wandb(args: argparse.Namespace, config: dict[str, Any], function:
 def _agent(args: argparse.Namespace) -> int:
     from safe_lr.sweeps import load_function
 
-    return _work(args.sweep, load_function(args.function) if args.function else None, args.count)
+    function = load_function(args.function) if args.function else None
+    _find(args.sweep)
+    return _work(args.sweep, function, args.count)
+
+
+def _find(sweep: str) -> None:
+    """Raises where there is no such sweep, of which W&B's agents tell in a traceback, in passing, or with status 0."""
+    parts = sweep.split("/")
+    if len(parts) > 3 or not all(parts):
+        raise ValueError(f"{sweep!r} names no sweep: {_ADDRESS}")
+    with _wandb_errors():
+        import wandb
+
+        try:
+            api: Any = wandb.Api()
+            api.sweep(sweep)
+        except wandb.errors.AuthenticationError:
+            raise
+        except wandb.errors.CommError as error:
+            if not any(text in str(error) for text in ("not find", "not found", "Invalid path")):
+                raise
+            at = wandb.setup().settings.base_url
+            raise ValueError(f"there is no sweep {sweep!r} at {at} ({error}): {_ADDRESS}") from error
 
 
 def _work(sweep: str, function: Callable[..., Any] | None, count: int | None) -> int:
-    """Works as an agent; the status is 1 where runs were made and all of them failed."""
+    """Works as an agent; the status is 1 where runs were made and all of them failed, 2 where W&B's agent did."""
     with _wandb_errors():
         import wandb
 
@@ -225,7 +249,7 @@ def _work(sweep: str, function: Callable[..., Any] | None, count: int | None) ->
     environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     # The agent starts the program by `python`: that is to be this one, also where its environment is not activated.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
-    return NEGATIVE if subprocess.run(command, env=environment, check=False).returncode else 0
+    return subprocess.run(command, env=environment, check=False).returncode
 
 
 def _noted(function: Callable[[], Any], failed: list[bool]) -> Callable[[], Any]:
