@@ -325,6 +325,12 @@ def test_sweep_run_local_by_program_and_by_function(
     for answer in answers:
         assert answer["best"]["params"]["lr"] == 0.5
         assert [trial["value"] for trial in answer["trials"]] == [pytest.approx(0.09), pytest.approx(0.01)]
+    assert main(["sweep", "run", "--local", "sweep.json", "--engine", "built-in"]) == 0
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told == "best: run 1, 0.01 with --lr=0.5 --safe_lr.follow_limit", "as the program takes it"
+    for more in (["--json"], ["-o", "trials.jsonl"]):
+        assert main(["sweep", "run", "sweep.json", *more]) == 2
+        assert "go with --local" in capsys.readouterr().err
     (tmp_path / "train.py").write_text("raise SystemExit('no data')")
     assert main(["sweep", "run", "--local", "sweep.json", "--engine", "built-in"]) == 1
     out = capsys.readouterr().out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safe_lr.commands.parsers import NEGATIVE, add_command, add_json, as_json, positive
+from safe_lr.commands.parsers import NEGATIVE, add_command, as_json, positive
 
 NO_WANDB = "this needs W&B: pip install wandb, or search without it: safe-lr sweep run --local"
 
@@ -87,7 +88,7 @@ def _add_run(parts: Any) -> None:
     run.add_argument("--seed", type=int, default=0, help="with --local: makes the search repeatable")
     run.add_argument("-o", "--out", type=Path, metavar="JSONL", help="with --local: write the trials there")
     run.add_argument("--project", help="without --local: the W&B project")
-    add_json(run)
+    run.add_argument("--json", action="store_true", help="with --local: print the answer as JSON, and nothing else")
 
 
 def _add_agent(parts: Any) -> None:
@@ -157,6 +158,8 @@ def _init(args: argparse.Namespace) -> None:
 def _run(args: argparse.Namespace) -> int:
     from safe_lr.sweeps import load_config, load_function
 
+    if (args.json or args.out) and not args.local:
+        raise ValueError("--json and --out go with --local: of a sweep under W&B, W&B keeps the runs")
     config = load_config(args.config)
     function = load_function(args.function) if args.function else None
     return _run_locally(args, config, function) if args.local else _run_under_wandb(args, config, function)
@@ -164,6 +167,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _run_locally(args: argparse.Namespace, config: dict[str, Any], function: Callable[..., Any] | None) -> int:
     from safe_lr.sweeps import best, program_of, search
+    from safe_lr.sweeps.programs import switches
 
     def tell(trial: Any) -> None:
         value = f"{trial.value:.6g}" if trial.value is not None else f"{trial.status}: {trial.reason}"
@@ -187,8 +191,7 @@ def _run_locally(args: argparse.Namespace, config: dict[str, Any], function: Cal
     elif winner is None:
         print("no run has finished")
     else:
-        settings = " ".join(f"--{name}={_short(setting)}" for name, setting in winner.params.items())
-        print(f"best: run {winner.number}, {winner.value:.6g} with {settings}")
+        print(f"best: run {winner.number}, {winner.value:.6g} with {shlex.join(switches(winner.params))}")
     return NEGATIVE if winner is None else 0
 
 
