@@ -48,6 +48,35 @@ def beyond():
     return {"optimizer": optimizer, "closure": closure}
 def flat(): return make(closure=lambda: torch.zeros((), requires_grad=True) * 1.0)
 def wrong(): return 3
+def vector():
+    model, optimizer, closure = make()
+    return optimizer, lambda: model.weight**2
+def number(): return make()[1], lambda: 1.0
+def greedy():
+    _, optimizer, closure = make()
+    def stepped():
+        loss = closure()
+        loss.backward()
+        return loss
+    return optimizer, stepped
+def tired():
+    _, optimizer, closure = make()
+    left = [3]
+    def counted():
+        left[0] -= 1
+        if left[0] < 0: raise RuntimeError("no more data")
+        return closure()
+    return optimizer, counted
+def data():
+    torch.manual_seed(0)
+    model = nn.Linear(2, 3)
+    return model, torch.optim.SGD(model.parameters(), lr=0.1), torch.randn(16, 2), torch.arange(16) % 3
+def pair():
+    model, optimizer, x, y = data()
+    return optimizer, lambda: (model(x), lambda outputs: nn.functional.cross_entropy(outputs, y))
+def examples():
+    model, optimizer, x, y = data()
+    return optimizer, lambda: nn.functional.cross_entropy(model(x), y, reduction="none")
 def no_closure(): return make()[1], None
 def broken(): raise RuntimeError("no data")
 def loud():
@@ -123,6 +152,36 @@ def test_measure_says_what_is_to_be_mended(
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
     assert main(["measure", f"{module}:make", "--after", "-1"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("closure", "status", "message"),
+    [
+        ("vector", 2, "the closure must return one real number, got shape (1, 2)"),
+        ("number", 2, "the closure must return the loss as a tensor, got float; drop .item()"),
+        ("greedy", 2, "the closure called backward()"),
+        ("tired", 2, "an update of {}:tired raised RuntimeError: no more data"),
+        ("flat", 1, "verdict: failed"),
+    ],
+)
+def test_measure_after_updates_says_what_is_wrong_with_the_closure(
+    module: str, closure: str, status: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["measure", f"{module}:{closure}", "--after", "3"]) == status  # 1 is a verdict
+    out, err = capsys.readouterr()
+    assert message.format(module) in out + err.splitlines()[-1] if status == 2 else message in out
+
+
+@pytest.mark.parametrize("curvature", ["gauss-newton", "fisher", "empirical-fisher"])
+def test_measure_trains_on_what_other_curvatures_closures_return(
+    module: str, curvature: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = "examples" if curvature == "empirical-fisher" else "pair"
+    losses = []
+    for after in ("0", "5"):
+        assert main(["measure", f"{module}:{target}", "--curvature", curvature, "--after", after, "--json"]) in (0, 1)
+        losses.append(json.loads(capsys.readouterr().out)["loss"])
+    assert losses[1] < losses[0]
 
 
 def test_measure_tells_a_bug_of_the_users_from_a_verdict(module: str, capsys: pytest.CaptureFixture[str]) -> None:
