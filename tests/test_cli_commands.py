@@ -397,6 +397,40 @@ def test_sweep_run_local_by_program_and_by_function(
     assert out.splitlines()[-1] == "no run has finished"
 
 
+def test_a_local_sweep_that_is_interrupted_tells_the_best_so_far(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sweep.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "impatient.py").write_text(
+        "def train(p):\n    if p['lr'] == 0.5: raise KeyboardInterrupt\n    return 1.0\n"
+    )
+    assert (
+        main(["sweep", "run", "--local", "sweep.json", "--engine", "built-in", "--function", "impatient:train"]) == 130
+    )
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-1] == "best: run 0, 1 with --lr=0.1 --safe_lr.follow_limit"
+    assert err == "safe-lr: interrupted\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_named_and_does_not_end_a_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sweep.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "patient.py").write_text("def train(p): return p['lr']\n")
+    command = ["sweep", "run", "--local", "sweep.json", "--engine", "built-in", "--function", "patient:train"]
+    with pytest.warns(UserWarning, match="/dev/full: No space left on device: the search goes on") as caught:
+        assert main([*command, "-o", "/dev/full"]) == 0
+    assert len(caught) == 1
+    assert capsys.readouterr().out.splitlines()[-1].startswith("best: run 0, 0.1 with ")
+    play([JsonlLogger(tmp_path / "run.jsonl")], 30)
+    for arguments in (["report", "run.jsonl"], ["sweep", "init"]):
+        assert main([*arguments, "-o", "/dev/full"]) == 2
+        assert capsys.readouterr().err == "safe-lr: error: /dev/full: No space left on device\n"
+
+
 def test_sweep_without_wandb_and_bad_configs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safe_lr.commands.parsers import NEGATIVE, add_command, as_json, positive
+from safe_lr.commands.parsers import NEGATIVE, add_command, as_json, naming, positive
 
 NO_WANDB = "this needs W&B: pip install wandb, or search without it: safe-lr sweep run --local"
 
@@ -150,8 +150,9 @@ def _init(args: argparse.Namespace) -> None:
     if args.out is None:
         print(text, end="")
         return
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(text, encoding="utf-8")
+    with naming(args.out):
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(text, encoding="utf-8")
     print(f"The config is in {args.out}; next: safe-lr sweep run --local {args.out}")
 
 
@@ -166,26 +167,32 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _run_locally(args: argparse.Namespace, config: dict[str, Any], function: Callable[..., Any] | None) -> int:
-    from safe_lr.sweeps import best, program_of, search
-    from safe_lr.sweeps.programs import switches
+    from safe_lr.sweeps import program_of, search
+
+    trials: list[Any] = []
 
     def tell(trial: Any) -> None:
+        trials.append(trial)
         value = f"{trial.value:.6g}" if trial.value is not None else f"{trial.status}: {trial.reason}"
         settings = "  ".join(f"{name}={_short(setting)}" for name, setting in trial.params.items())
         print(f"run {trial.number:>3}  {value:<12}  {settings}", flush=True)
 
-    goal = (config.get("metric") or {}).get("goal", "minimize")
-    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
-        trials = search(
-            config,
-            function or program_of(config),
-            runs=args.runs,
-            seed=args.seed,
-            engine=args.engine,
-            log_path=args.out,
-            told=tell,
-        )
-    winner = best(trials, goal)
+    quiet = contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext()
+    settings = {"runs": args.runs, "seed": args.seed, "engine": args.engine, "log_path": args.out}
+    try:
+        with quiet:
+            search(config, function or program_of(config), told=tell, **settings)
+    except KeyboardInterrupt:  # what was found so far is an answer, too
+        _tell_best(trials, config, args)
+        raise
+    return _tell_best(trials, config, args)
+
+
+def _tell_best(trials: list[Any], config: dict[str, Any], args: argparse.Namespace) -> int:
+    from safe_lr.sweeps import best
+    from safe_lr.sweeps.programs import switches
+
+    winner = best(trials, (config.get("metric") or {}).get("goal", "minimize"))
     if args.json:
         print(as_json({"best": winner and asdict(winner), "trials": [asdict(trial) for trial in trials]}))
     elif winner is None:

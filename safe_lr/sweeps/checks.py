@@ -74,7 +74,7 @@ def violations(config: Mapping[str, Any]) -> list[str]:
     searched = isinstance(config.get("scheduler"), Mapping) and bool(config["scheduler"].get("search_space"))
     if "parameters" in config or not searched:
         found += _parameter_faults(config.get("parameters"), method, "parameters", "")
-    if not found and method == "bayes" and not _searchable(config["parameters"]):
+    if not found and method == "bayes" and not searchable(config["parameters"]):
         found.append("parameters: bayes needs one that is not constant")
     return found or _wandbs_own(config)
 
@@ -119,7 +119,7 @@ def _objective_faults(config: Mapping[str, Any], method: Any) -> list[str]:
 
 
 def _metric_faults(metric: Any, key: str) -> list[str]:
-    if not isinstance(metric, Mapping) or not isinstance(metric.get("name"), str):
+    if not isinstance(metric, Mapping) or not isinstance(metric.get("name"), str) or not metric["name"]:
         return [f"{key}: {metric!r} has no name: write {{name: val_loss, goal: minimize}}"]
     choices = {
         "goal": ("minimize", "maximize"),
@@ -253,10 +253,10 @@ def _parameter_faults(parameters: Any, method: Any, place: str, path: str) -> li
     return found
 
 
-def _searchable(parameters: Mapping[str, Any]) -> bool:
+def searchable(parameters: Mapping[str, Any]) -> bool:
     """Whether a parameter, nested or not, has more than one value; they are known to be in order."""
     specs = parameters.values()
-    return any(_searchable(s["parameters"]) if "parameters" in s else distribution(s) != "constant" for s in specs)
+    return any(searchable(s["parameters"]) if "parameters" in s else distribution(s) != "constant" for s in specs)
 
 
 def _fault(spec: Mapping[str, Any], method: Any, name: str) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safe_lr.sweeps.checks import PREFIX, SETTINGS, check, is_number, violations
+from safe_lr.sweeps.checks import PREFIX, SETTINGS, check, is_number, searchable, violations
 
 MARGIN = (0.05, 1.0)
 """Where a sweep looks for the margin: a tuned lr runs at .08-3 of the limit, and a fixed margin ends at 1."""
@@ -94,13 +94,28 @@ def sweep_config(
         PREFIX + "bound": bound,
     }
     parameters = {key: _parameter(key, value) for key, value in spaces.items() if value is not None}
+    for key, value in spaces.items():
+        if fault := _out_of_range(key, value):
+            raise ValueError(f"the sweep would be rejected: parameters.{key}: {fault}")
     parameters |= {key: dict(value) for key, value in (more or {}).items()}
     config: dict[str, Any] = {"method": method, "metric": {"name": metric, "goal": goal}, "parameters": parameters}
     config |= {"name": name} if name else {}
     config |= {"program": program, "command": list(COMMAND)} if program else {}
     config |= {"run_cap": runs} if runs is not None else {}
     check(config)
+    if not searchable(parameters):
+        raise ValueError("parameters: each has one value, so there is nothing to sweep: give lists, margin=[0.1, 0.3]")
     return config
+
+
+def _out_of_range(key: str, value: Any) -> str | None:
+    """What no optimizer would take; the scheduler's own settings are looked at by `check`."""
+    numbers = [item for item in (value if isinstance(value, list | tuple) else [value]) if is_number(item)]
+    if key == "lr" and any(number <= 0 for number in numbers):
+        return f"{value!r} needs a range above 0"
+    if key in ("beta1", "beta2") and any(not 0 <= number < 1 for number in numbers):
+        return f"{value!r} is not inside [0, 1)"
+    return None
 
 
 def _parameter(key: str, value: Space) -> dict[str, Any]:

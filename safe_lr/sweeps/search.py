@@ -81,7 +81,7 @@ def search(
         seed: Makes the search repeatable.
         engine: `sweeps` (W&B's own search), `optuna`, `built-in` (random or grid; bayes then is random), or `auto`: the
             first of them that is installed.
-        log_path: A file of JSON lines, one a trial, written as they end.
+        log_path: A file of JSON lines, one a trial, written as they end. A full disk costs one warning.
         told: Called with each trial as it ends.
 
     Returns:
@@ -114,9 +114,8 @@ def search(
             trial = _run(train, len(trials), params, metric)
             asked.tell(trial)
             trials.append(trial)
-            if file is not None:
-                file.write(json.dumps(asdict(trial), default=str) + "\n")
-                file.flush()
+            if file is not None and not _written(file, trial):
+                file = None
             if told is not None:
                 told(trial)
     return trials
@@ -145,11 +144,21 @@ def _run(train: Train, number: int, params: dict[str, Any], metric: str) -> Tria
 
 
 @contextmanager
-def _lines(path: str | Path | None) -> Iterator[IO[str] | None]:
+def _lines(path: str | Path | None) -> Iterator[IO[bytes] | None]:
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with nullcontext() if path is None else open(path, "w", encoding="utf-8") as file:
+    with nullcontext() if path is None else open(path, "wb", buffering=0) as file:  # closing has nothing left to write
         yield file
+
+
+def _written(file: IO[bytes], trial: Trial) -> bool:
+    """Writes a line; a full disk costs one warning, and not the trials to come."""
+    try:
+        file.write(json.dumps(asdict(trial), default=str).encode() + b"\n")
+    except OSError as error:
+        warnings.warn(f"{file.name}: {error.strerror}: the search goes on, no more trials are written", stacklevel=3)
+        return False
+    return True
 
 
 # ---- who proposes
