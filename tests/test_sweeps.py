@@ -446,6 +446,32 @@ def test_a_grid_is_gone_through_once(engine: str) -> None:
     assert sorted(points) == [(lr, n) for lr in (0.1, 1.0) for n in (1, 2, 3)]
 
 
+STEPS = {
+    "layers": {"min": 1, "max": 3},
+    "batch": {"distribution": "q_uniform", "min": 16, "max": 64, "q": 16},
+    "rate": {"distribution": "q_uniform", "min": 0.0, "max": 0.3, "q": 0.1},
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_grid_over_steps_is_wandbs(engine: str) -> None:
+    """By its own search, numpy.arange: integers to the end, steps without it, of the kind that q is of."""
+    points = [trial.params for trial in search(changed(method="grid", parameters=STEPS), lambda p: 0.0, engine=engine)]
+    for name, expected in (("layers", [1, 2, 3]), ("batch", [16, 32, 48]), ("rate", [0.0, 0.1, 0.2])):
+        assert sorted({point[name] for point in points}) == [pytest.approx(value) for value in expected]
+        assert {type(point[name]) for point in points} == {type(expected[0])}
+    assert len(points) == 27
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_steps_of_integers_are_integers(engine: str) -> None:
+    """A program's `type=int` does not read 32.0."""
+    steps = {"batch": STEPS["batch"], "wide": {"distribution": "q_log_uniform_values", "min": 8, "max": 512, "q": 8}}
+    for trial in search(changed(parameters=steps), lambda params: 0.0, runs=20, engine=engine):
+        assert {type(value) for value in trial.params.values()} == {int}
+        assert trial.params["batch"] % 16 == 0 and trial.params["wide"] % 8 == 0
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_trials_that_fail_or_are_pruned_do_not_end_the_search(engine: str, tmp_path: Path) -> None:
     ends: list[Any] = [

@@ -227,10 +227,11 @@ def _grid_points(spaces: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         if isinstance(choice, Choice):
             axes.append(choice.values)
         elif choice.integer or choice.step is not None:
+            # As W&B does it: integers to the end, steps without the end.
             step = choice.step or 1
-            count = int((choice.high - choice.low) / step + 1e-9) + 1
+            count = math.ceil((choice.high + choice.integer - choice.low) / step)
             points = [choice.low + step * index for index in range(count)]
-            axes.append(tuple(map(round, points)) if choice.integer else tuple(points))
+            axes.append(tuple(map(round if isinstance(step, int) else float, points)))
         else:
             raise ValueError(f"parameters.{key}: a grid cannot go over a range of floats: give values")
     return (dict(zip(spaces, point, strict=True)) for point in itertools.product(*axes))

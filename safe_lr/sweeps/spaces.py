@@ -66,7 +66,7 @@ class Interval:
         low, high: The ends.
         log: Whether equal ratios, not equal distances, are equally likely.
         integer: Whether only integers count.
-        step: Distance of the values that count, None for all.
+        step: Distance of the values that count, None for all. Where it is an integer, so are they.
 
     Example:
         >>> 0.01 <= Interval(0.01, 1.0, log=True).draw(random.Random(0)) <= 1.0
@@ -95,7 +95,8 @@ class Interval:
         """Returns the value on the grid of `step`, inside the interval."""
         if self.step is not None:
             value = round(value / self.step) * self.step
-        return min(max(value, self.low), self.high)
+        value = min(max(value, self.low), self.high)
+        return int(value) if isinstance(self.step, int) and value == int(value) else value
 
 
 def distribution(spec: Mapping[str, Any]) -> str:
@@ -142,6 +143,5 @@ def space(name: str, spec: Mapping[str, Any]) -> Choice | Interval:
     if kind not in _RANGES:
         raise ValueError(f"parameters.{name}: a local search cannot draw from {kind!r}: use one of {', '.join(LOCAL)}")
     log, integer = _RANGES[kind]
-    return Interval(
-        float(spec["min"]), float(spec["max"]), log, integer, float(spec.get("q", 1)) if kind.startswith("q_") else None
-    )
+    step = spec.get("q", 1.0) if kind.startswith("q_") else None
+    return Interval(float(spec["min"]), float(spec["max"]), log, integer, step)
