@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -43,7 +42,7 @@ class Begun(Generic[T]):
     """
 
     def __init__(self, call: Callable[[], T], what: str) -> None:
-        self._call, self._what, self._begun = call, what, time.monotonic()
+        self._call, self._what = call, what
         self._results: list[T] = []
         self._errors: list[BaseException] = []
         self._thread = threading.Thread(target=self._work, name=f"safe_lr {what}", daemon=True)
@@ -70,7 +69,7 @@ class Begun(Generic[T]):
                 raise error
             raise RuntimeError(f"{self._what} ended with {type(error).__name__}: {error}") from error
         if not self._results:
-            raise TimeoutError(f"{self._what} took longer than {time.monotonic() - self._begun:.2g} s")
+            raise TimeoutError(f"{self._what} took longer than {timeout:.3g} s")
         return self._results[0]
 
 
