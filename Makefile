@@ -44,11 +44,13 @@ docs: $(VENV)/.installed-all
 venv: $(VENV)/.installed-all
 
 # A stamp says which extra is installed. A changed pyproject.toml or constraints.txt makes it stale. torch goes first and
-# by itself: it is most of the download, and it must be the pinned one.
+# by itself: it is most of the download, and it must be the pinned one. W&B's `sweeps` goes last, and alone: it declares
+# numpy<2 and runs with ours (its tests say so); the extra `search` names what else it needs.
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/.created
 	@echo "installing safe_lr[$*] into $(VENV) (the first time takes some minutes, most of it is torch)"
-	@echo "  1/2 torch" && $(INSTALL) torch
-	@echo "  2/2 safe_lr[$*]" && $(INSTALL) --editable '.[$*]'
+	@echo "  torch" && $(INSTALL) torch
+	@echo "  safe_lr[$*]" && $(INSTALL) --editable '.[$*]'
+	@case $* in all|dev) echo "  W&B's search" && $(INSTALL) --no-deps sweeps;; esac
 	@case $* in all) touch $(VENV)/.installed-demo $(VENV)/.installed-dev;; dev) touch $(VENV)/.installed-demo;; esac
 	@touch $@
 

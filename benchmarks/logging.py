@@ -7,9 +7,11 @@ cost is the difference of their times; the median over the blocks is what a step
 blocks, in which some loggers send every step, are told apart. Work that a logger leaves to other threads falls on both
 runs.
 
-**Failures.** A W&B server on loopback fails in each way and at each point of a run of the logger's own; the run is
-compared with one that has no W&B: how much later it ends, whether its weights are the same to the bit, whether its
-JSONL record is complete. `later` is the time until `scheduler.close()` has returned, `exit` until the process is gone.
+**Failures.** A W&B server on loopback fails in each way and at each point of a run of the logger's own, and of one that
+the user has opened and logs to (whose opening is the user's affair); the run is compared with one that has no W&B: how
+much later it ends, whether its weights are the same to the bit, whether its JSONL record is complete. `later` is the
+time until `scheduler.close()`, and the user's own `finish()` after it, have returned, `exit` until the process is gone.
+A user's `finish()` waits as long as W&B's `finish_timeout` says, in a run without safe_lr too: a second here.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ from tests.wandb_server import FAILURES, WandbServer
 
 AIM_MS, AIM_DELAY = 0.3, 5.0
 BLOCK, FIRST = 10, 10  # steps a block; blocks counted as the beginning
-WHENS = ("init", "mid-run", "finish")
+WHENS = {"logger": ("init", "mid-run", "finish"), "user": ("mid-run", "finish")}  # by who has opened the run
+FINISH = 1.0  # the user's finish_timeout, seconds
 _SETTINGS = {"console": "off", "disable_git": True, "x_disable_stats": True, "silent": True}
 
 
@@ -151,7 +154,7 @@ def _paired(logger: Logger | None, blocks: int) -> dict[str, Any]:
 # ---- failures
 
 
-def child(folder: Path, steps: int, url: str | None, when: str, mode: str) -> dict[str, Any]:
+def child(folder: Path, steps: int, url: str | None, owner: str, when: str, mode: str) -> dict[str, Any]:
     """Trains once in this process; the server at `url` is told to fail at that point."""
 
     def fail_at(point: str) -> None:
@@ -160,25 +163,43 @@ def child(folder: Path, steps: int, url: str | None, when: str, mode: str) -> di
 
     torch.set_num_threads(1)
     path = folder / "run.jsonl"
+    run = _users_run() if url is not None and owner == "user" else None
     fail_at("init")
     begun = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        loggers = [JsonlLogger(path, every=1)]
-        training = Training(loggers=loggers if url is None else [*loggers, WandbLogger(init=True, jsonl=path)])
+        loggers: list[Logger] = [JsonlLogger(path, every=1)]
+        loggers += [] if url is None else [WandbLogger(init=run is None, jsonl=path)]
+        training = Training(loggers=loggers)
         for step in range(steps):
             if step == steps // 2:
                 fail_at("mid-run")
             training.step()
+            if run is not None:
+                run.log({"loss": float(step)}, step=step)
         fail_at("finish")
         training.scheduler.close()
+        if run is not None:
+            run.finish()
     ended = {"seconds": time.perf_counter() - begun, "ended": time.time(), "weights": training.digest()}
     ours = [str(item.message) for item in caught if "W&B" in str(item.message)]  # the client's libraries warn too
     return {**ended, "warnings": ours}
 
 
+def _users_run() -> Any:
+    import wandb
+
+    return wandb.init(project="theirs", settings=wandb.Settings(**_SETTINGS, finish_timeout=FINISH))
+
+
 def spawn(
-    folder: Path, steps: int, server: WandbServer | None = None, when: str = "", mode: str = "none"
+    folder: Path,
+    steps: int,
+    server: WandbServer | None = None,
+    *,
+    owner: str = "",
+    when: str = "",
+    mode: str = "none",
 ) -> dict[str, Any]:
     """Runs `child` in a process of its own; adds how long the process took to be gone, and what its record holds."""
     folder.mkdir(parents=True)
@@ -186,7 +207,7 @@ def spawn(
     environment |= {"OMP_NUM_THREADS": "1", "WANDB_SILENT": "true", "WANDB_CONSOLE": "off"}
     places = ("DIR", "CONFIG_DIR", "CACHE_DIR", "DATA_DIR")
     environment |= {f"WANDB_{place}": str(folder) for place in places} | (server.environment() if server else {})
-    arguments = [str(folder), str(steps), server.url if server else "", when, mode]
+    arguments = [str(folder), str(steps), server.url if server else "", owner, when, mode]
     command = [sys.executable, "-m", "benchmarks.logging", "--child", *arguments]
     with (folder / "printed").open("w+") as printed:  # no pipe: W&B's service would hold it open after the process
         done = subprocess.run(
@@ -196,7 +217,7 @@ def spawn(
         printed.seek(0)
         text = printed.read()
     if done.returncode:
-        raise RuntimeError(f"{when}, {mode}: {text[-2000:]}")
+        raise RuntimeError(f"{owner}, {when}, {mode}: {text[-2000:]}")
     found: dict[str, Any] = json.loads(next(line for line in text.splitlines() if line.startswith("{")))
     records = read_jsonl(folder / "run.jsonl")
     # What a decision took of the clock differs from run to run; all else must not.
@@ -205,11 +226,12 @@ def spawn(
     return {**found, "exit": gone - found["ended"], "whole": whole, "decisions": decisions}
 
 
-def failure(when: str, mode: str, steps: int, folder: Path, plain: dict[str, Any]) -> dict[str, Any]:
+def failure(owner: str, when: str, mode: str, steps: int, folder: Path, plain: dict[str, Any]) -> dict[str, Any]:
     """Returns how a run under a failing server differs from one without W&B."""
     with WandbServer() as server:
-        run = spawn(folder / f"{when}-{mode}", steps, server, when, mode)
+        run = spawn(folder / f"{owner}-{when}-{mode}", steps, server, owner=owner, when=when, mode=mode)
     return {
+        "owner": owner,
         "when": when,
         "mode": mode,
         "later_s": run["seconds"] - plain["seconds"],
@@ -229,12 +251,17 @@ def table(result: dict[str, Any]) -> str:
             f"{row['close_s']:.2f}"
         )
         lines.append(f"| {name} | {figures} |")
-    lines += ["", "| W&B fails | with | ends later, s | gone later, s | same weights | whole record | warnings |"]
-    lines.append("| --- " * 7 + "|")
+    lines += [
+        "",
+        "| run of the | W&B fails | with | ends later, s | gone later, s | same weights | whole record | warnings |",
+    ]
+    lines.append("| --- " * 8 + "|")
     for row in result["failures"]:
         same, whole = ("yes" if row[name] else "NO" for name in ("same_weights", "whole_record"))
         delays = f"{row['later_s']:.2f} | {row['exit_s']:.2f}"
-        lines.append(f"| {row['when']} | {row['mode']} | {delays} | {same} | {whole} | {row['warnings']} |")
+        lines.append(
+            f"| {row['owner']} | {row['when']} | {row['mode']} | {delays} | {same} | {whole} | {row['warnings']} |"
+        )
     return "\n".join(lines)
 
 
@@ -243,11 +270,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="where to write the result")
     parser.add_argument("--quick", action="store_true", help="few steps, one failure: a smoke test")
-    parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=6, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        folder, steps, url, when, mode = options.child
-        print(json.dumps(child(Path(folder), int(steps), url or None, when, mode)))
+        folder, steps, url, owner, when, mode = options.child
+        print(json.dumps(child(Path(folder), int(steps), url or None, owner, when, mode)))
         return
     torch.set_num_threads(1)
     steps, blocks = (60, 20) if options.quick else (300, 150)
@@ -256,9 +283,10 @@ def main() -> None:
         os.environ |= {"WANDB_SILENT": "true", **{f"WANDB_{kind}_DIR": name for kind in ("CONFIG", "CACHE", "DATA")}}
         costs = {logger: cost(logger, blocks, folder) for logger in LOGGERS}
         plain = spawn(folder / "plain", steps)
-        points = [(when, mode) for when in WHENS for mode in FAILURES]
-        points = [("finish", "500")] if options.quick else [("never", "none"), *points]
-        failures = [failure(when, mode, steps, folder, plain) for when, mode in points]  # one at a time: it is timed
+        points = [(owner, when, mode) for owner, whens in WHENS.items() for when in whens for mode in FAILURES]
+        well = [(owner, "never", "none") for owner in WHENS]
+        points = [("logger", "finish", "500")] if options.quick else [*well, *points]
+        failures = [failure(*point, steps, folder, plain) for point in points]  # one at a time: it is timed
     worst = max(row.get("ms", 0.0) for row in costs.values())
     sick = [row for row in failures if row["mode"] != "none"]
     latest = max(row["later_s"] + row["exit_s"] for row in sick)

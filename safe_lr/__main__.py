@@ -15,6 +15,7 @@ _STATUS = """exit status:
   1  done, and the answer is no: lr beyond its limit (measure), nothing new (watch), no run finished (sweep run),
      every run failed (sweep agent)
   2  something is to be mended: one line on standard error says what
+  130  interrupted (Ctrl-C)
 
 `safe-lr COMMAND --help` has examples."""
 
@@ -45,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:
+        print("safe-lr: interrupted", file=sys.stderr)
+        return 130  # as a shell has it: 128 + SIGINT
     except (OSError, ValueError, ImportError) as error:
         print(f"safe-lr: error: {_in_one_line(error)}", file=sys.stderr)
         return 2

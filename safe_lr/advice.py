@@ -21,6 +21,9 @@ YOUNG = 13
 BIN = 1.05
 """Desired over applied lr is counted in bins of this factor: its median is right to half of that."""
 
+MOST = 1e300
+"""The largest ratio of desired to applied lr that is told apart."""
+
 MOSTLY = 0.5
 """From this share of capped steps on it is the cap that sets lr, not the schedule."""
 
@@ -109,7 +112,7 @@ class Course:
             is_now["lr_desired_low"] = _lower(desired, was.lr_desired_low)
             is_now["lr_desired_high"] = _higher(desired, was.lr_desired_high)
         if desired is not None and 0 < applied < desired:
-            pressure = desired / applied
+            pressure = min(desired / applied, MOST)  # a denormal lr has an infinite one
             is_now["last_capped_step"] = step + times - 1
             is_now["pressure_max"] = _higher(pressure, was.pressure_max)
             place = round(math.log(pressure, BIN))

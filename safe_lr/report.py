@@ -57,7 +57,7 @@ def other_than(sources: Sequence[str | os.PathLike[str]], out_path: str | os.Pat
 def write_page(page: str, out: Path) -> None:
     """Writes the page; missing folders are made."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8")
+    out.write_text(page, encoding="utf-8", errors="replace")  # JSON may hold half a surrogate pair
 
 
 def render(records: Records) -> str:

@@ -35,11 +35,48 @@ def make(lr=0.1, closure=None):
     return model, optimizer, closure or (lambda: (curvature * model.weight**2).sum())
 
 def close(): return make(0.4)[1:]
+def adaptive():
+    model, _, closure = make()
+    return torch.optim.Adam(model.parameters(), lr=0.1), closure
+def both():
+    model, _, closure = make()
+    extra = torch.nn.Parameter(torch.ones(1))
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1), torch.optim.Adam([extra], lr=0.1)]
+    return optimizers, lambda: closure() + (extra**2).sum()
 def beyond():
     _, optimizer, closure = make(2.0)
     return {"optimizer": optimizer, "closure": closure}
 def flat(): return make(closure=lambda: torch.zeros((), requires_grad=True) * 1.0)
 def wrong(): return 3
+def vector():
+    model, optimizer, closure = make()
+    return optimizer, lambda: model.weight**2
+def number(): return make()[1], lambda: 1.0
+def greedy():
+    _, optimizer, closure = make()
+    def stepped():
+        loss = closure()
+        loss.backward()
+        return loss
+    return optimizer, stepped
+def tired():
+    _, optimizer, closure = make()
+    left = [3]
+    def counted():
+        left[0] -= 1
+        if left[0] < 0: raise RuntimeError("no more data")
+        return closure()
+    return optimizer, counted
+def data():
+    torch.manual_seed(0)
+    model = nn.Linear(2, 3)
+    return model, torch.optim.SGD(model.parameters(), lr=0.1), torch.randn(16, 2), torch.arange(16) % 3
+def pair():
+    model, optimizer, x, y = data()
+    return optimizer, lambda: (model(x), lambda outputs: nn.functional.cross_entropy(outputs, y))
+def examples():
+    model, optimizer, x, y = data()
+    return optimizer, lambda: nn.functional.cross_entropy(model(x), y, reduction="none")
 def no_closure(): return make()[1], None
 def broken(): raise RuntimeError("no data")
 def loud():
@@ -71,7 +108,22 @@ def test_measure_tells_curvature_limits_and_a_verdict(module: str, capsys: pytes
     assert main(["measure", f"{module}:close"]) == 0
     out = capsys.readouterr().out
     assert "verdict: close: lr 0.4 is 0.8 times the momentum limit 0.5" in out
-    assert out.count("limit") >= 4 and "note: the optimizer has made no update yet" in out
+    assert out.count("limit") >= 4 and "note: " not in out
+
+
+@pytest.mark.parametrize(
+    ("target", "after", "noted"),
+    [("make", 0, False), ("adaptive", 0, True), ("adaptive", 3, False), ("both", 0, True)],
+)
+def test_measure_notes_that_an_adaptive_optimizers_limit_is_still_to_grow(
+    module: str, target: str, after: int, noted: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And only that: P of gradient descent is 1 from the first update on, though it never has a state."""
+    arguments = ["measure", f"{module}:{target}", "--after", str(after)]
+    assert main(arguments) in (0, 1)
+    assert ("note: the optimizer has made no update yet, and it is adaptive" in capsys.readouterr().out) is noted
+    assert main([*arguments, "--json"]) in (0, 1)
+    assert (json.loads(capsys.readouterr().out)["note"] is not None) is noted
 
 
 def test_measure_ends_with_1_where_the_answer_is_no(module: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,6 +152,36 @@ def test_measure_says_what_is_to_be_mended(
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
     assert main(["measure", f"{module}:make", "--after", "-1"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("closure", "status", "message"),
+    [
+        ("vector", 2, "the closure must return one real number, got shape (1, 2)"),
+        ("number", 2, "the closure must return the loss as a tensor, got float; drop .item()"),
+        ("greedy", 2, "the closure called backward()"),
+        ("tired", 2, "an update of {}:tired raised RuntimeError: no more data"),
+        ("flat", 1, "verdict: failed"),
+    ],
+)
+def test_measure_after_updates_says_what_is_wrong_with_the_closure(
+    module: str, closure: str, status: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["measure", f"{module}:{closure}", "--after", "3"]) == status  # 1 is a verdict
+    out, err = capsys.readouterr()
+    assert message.format(module) in out + err.splitlines()[-1] if status == 2 else message in out
+
+
+@pytest.mark.parametrize("curvature", ["gauss-newton", "fisher", "empirical-fisher"])
+def test_measure_trains_on_what_other_curvatures_closures_return(
+    module: str, curvature: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = "examples" if curvature == "empirical-fisher" else "pair"
+    losses = []
+    for after in ("0", "5"):
+        assert main(["measure", f"{module}:{target}", "--curvature", curvature, "--after", after, "--json"]) in (0, 1)
+        losses.append(json.loads(capsys.readouterr().out)["loss"])
+    assert losses[1] < losses[0]
 
 
 def test_measure_tells_a_bug_of_the_users_from_a_verdict(module: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -302,11 +384,51 @@ def test_sweep_run_local_by_program_and_by_function(
     for answer in answers:
         assert answer["best"]["params"]["lr"] == 0.5
         assert [trial["value"] for trial in answer["trials"]] == [pytest.approx(0.09), pytest.approx(0.01)]
+    assert main(["sweep", "run", "--local", "sweep.json", "--engine", "built-in"]) == 0
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told == "best: run 1, 0.01 with --lr=0.5 --safe_lr.follow_limit", "as the program takes it"
+    for more in (["--json"], ["-o", "trials.jsonl"]):
+        assert main(["sweep", "run", "sweep.json", *more]) == 2
+        assert "go with --local" in capsys.readouterr().err
     (tmp_path / "train.py").write_text("raise SystemExit('no data')")
     assert main(["sweep", "run", "--local", "sweep.json", "--engine", "built-in"]) == 1
     out = capsys.readouterr().out
     assert "failed: RuntimeError: train.py ended with status 1: no data" in out
     assert out.splitlines()[-1] == "no run has finished"
+
+
+def test_a_local_sweep_that_is_interrupted_tells_the_best_so_far(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sweep.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "impatient.py").write_text(
+        "def train(p):\n    if p['lr'] == 0.5: raise KeyboardInterrupt\n    return 1.0\n"
+    )
+    assert (
+        main(["sweep", "run", "--local", "sweep.json", "--engine", "built-in", "--function", "impatient:train"]) == 130
+    )
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-1] == "best: run 0, 1 with --lr=0.1 --safe_lr.follow_limit"
+    assert err == "safe-lr: interrupted\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_named_and_does_not_end_a_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sweep.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "patient.py").write_text("def train(p): return p['lr']\n")
+    command = ["sweep", "run", "--local", "sweep.json", "--engine", "built-in", "--function", "patient:train"]
+    with pytest.warns(UserWarning, match="/dev/full: No space left on device: the search goes on") as caught:
+        assert main([*command, "-o", "/dev/full"]) == 0
+    assert len(caught) == 1
+    assert capsys.readouterr().out.splitlines()[-1].startswith("best: run 0, 0.1 with ")
+    play([JsonlLogger(tmp_path / "run.jsonl")], 30)
+    for arguments in (["report", "run.jsonl"], ["sweep", "init"]):
+        assert main([*arguments, "-o", "/dev/full"]) == 2
+        assert capsys.readouterr().err == "safe-lr: error: /dev/full: No space left on device\n"
 
 
 def test_sweep_without_wandb_and_bad_configs(
@@ -342,7 +464,9 @@ def test_agents_are_wandbs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(subprocess, "run", started)
+    monkeypatch.setattr("safe_lr.commands.sweep._find", asked.append)
     assert main(["sweep", "agent", "team/mine/abc", "--count", "2"]) == 0
+    assert asked[-1] == "team/mine/abc"
     command, environment = ran[0]
     assert command[1:] == ["-m", "safe_lr.sweeps.agent", "--count", "2", "team/mine/abc"]
     assert "WANDB_SERVICE" not in environment
@@ -372,6 +496,7 @@ def test_an_agent_whose_runs_all_failed_ends_with_1(
             raise error
 
     monkeypatch.setattr(wandb, "agent", agent)
+    monkeypatch.setattr("safe_lr.commands.sweep._find", lambda sweep: None)
     monkeypatch.setattr("safe_lr.sweeps.load_function", lambda target: under_wandb)
     assert main(["sweep", "agent", "abc", "--function", "any:thing"]) == status
 
@@ -398,6 +523,17 @@ def test_an_agent_whose_runs_all_failed_ends_with_1(
     poll = Process.poll
     assert work(["abc"]) == status
     assert Process.poll is poll
+
+
+def test_wandbs_own_command_failing_is_to_be_mended(monkeypatch: pytest.MonkeyPatch) -> None:
+    cli = pytest.importorskip("wandb.cli.cli")
+    from safe_lr.sweeps.agent import work
+
+    def command(arguments: list[str], *, prog_name: str) -> None:
+        raise SystemExit(1)
+
+    monkeypatch.setattr(cli, "cli", command)
+    assert work(["abc"]) == 2
 
 
 # ---- demo, help

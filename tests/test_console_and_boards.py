@@ -203,7 +203,7 @@ def test_real_trackio_keeps_it_and_leaves_the_users_run_current(
     users = trackio.init(project="mine", name="users", auto_log_cpu=False, auto_log_gpu=False)
     loss = 0
     logger = TrackioLogger("mine", name="ours")
-    play([logger], 20, end=False)
+    told = play([logger], 20, end=False)
     trackio.log({"loss": loss})
     logger.close({"steps": 20})
     trackio.log({"loss": loss + 1})
@@ -211,6 +211,13 @@ def test_real_trackio_keeps_it_and_leaves_the_users_run_current(
     trackio.context_vars.current_run.set(None)
     runs = {run.name: run for run in trackio.Api().runs("mine")}
     assert set(runs) == {"users", "ours"}
+    assert runs["ours"].config["bound"] == "momentum"
+    kept = {name: trackio.sqlite_storage.SQLiteStorage.get_logs("mine", name) for name in runs}
+    assert [row["loss"] for row in kept["users"]] == [0, 1], "the user's rows and steps are their own"
+    assert [row["step"] for row in kept["users"]] == [0, 1]
+    assert [row["step"] for row in kept["ours"]] == [*range(20), 20]
+    assert [row["safe_lr/lr"] for row in kept["ours"][:-1]] == [pytest.approx(row["lr"]) for row in told["rows"]]
+    assert kept["ours"][-1]["safe_lr/summary/steps"] == 20
 
 
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

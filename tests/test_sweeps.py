@@ -6,7 +6,6 @@ import importlib.util
 import json
 import math
 import random
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -84,6 +83,11 @@ def test_a_range_has_floats_on_both_sides() -> None:
         ({"method": "annealing"}, "method: 'annealing' is not one of"),
         ({"goal": "min"}, "metric.goal: 'min'"),
         ({"runs": 0}, "run_cap: 0"),
+        ({"metric": ""}, "metric: {'name': '', 'goal': 'minimize'} has no name"),
+        ({"lr": [0.1, -0.1]}, "parameters.lr: [0.1, -0.1] needs a range above 0"),
+        ({"beta1": [0.9, 1.5]}, "parameters.beta1: [0.9, 1.5] is not inside [0, 1)"),
+        ({"beta2": (0.9, 1)}, "parameters.beta2: (0.9, 1) is not inside [0, 1)"),
+        ({"method": "grid"}, "there is nothing to sweep: give lists, margin=[0.1, 0.3]"),
         ({"margin": (0.1, 2.0)}, "parameters.safe_lr.margin: margin must be a number in (0, 1]"),
         ({"bound": ["momentum", "lemma2"]}, "parameters.safe_lr.bound: bound must be one of"),
         ({"more": {"x": {"distribution": "lognormal"}}}, "parameters.x: distribution 'lognormal' is not one of"),
@@ -139,29 +143,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("config", "start"), BAD, ids=[start for _, start in BAD])
 def test_our_own_checks_name_the_key(config: dict[str, Any], start: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("safe_lr.sweeps.config._wandbs_own", lambda config: [])
+    monkeypatch.setattr("safe_lr.sweeps.checks._wandbs_own", lambda config: [])
     found = violations(config)
     assert len(found) == 1
     assert found[0].startswith(start)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("sweeps") is None, reason="W&B's package sweeps is missing")
-def test_wandbs_own_checks_agree() -> None:
-    """Whatever W&B rejects, we reject by name; what our builder makes, W&B takes."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import sweeps
-
-    def judged(config: dict[str, Any]) -> bool:
-        try:
-            return not sweeps.schema_violations_from_proposed_config(config)
-        except ValueError:
-            return False
-
-    assert judged(FINE)
-    assert not any(judged(config) for config, _ in BAD)
-    for made in (sweep_config(), sweep_config(lr=(1e-4, 1.0), beta2=[0.99, 0.999], schedule=["cosine"])):
-        assert judged(made)
 
 
 def test_wandb_trips_over_what_looks_fine() -> None:
@@ -459,6 +444,32 @@ def test_a_grid_is_gone_through_once(engine: str) -> None:
     trials = search(config, bowl, engine=engine)
     points = [(trial.params["lr"], trial.params["n"]) for trial in trials]
     assert sorted(points) == [(lr, n) for lr in (0.1, 1.0) for n in (1, 2, 3)]
+
+
+STEPS = {
+    "layers": {"min": 1, "max": 3},
+    "batch": {"distribution": "q_uniform", "min": 16, "max": 64, "q": 16},
+    "rate": {"distribution": "q_uniform", "min": 0.0, "max": 0.3, "q": 0.1},
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_grid_over_steps_is_wandbs(engine: str) -> None:
+    """By its own search, numpy.arange: integers to the end, steps without it, of the kind that q is of."""
+    points = [trial.params for trial in search(changed(method="grid", parameters=STEPS), lambda p: 0.0, engine=engine)]
+    for name, expected in (("layers", [1, 2, 3]), ("batch", [16, 32, 48]), ("rate", [0.0, 0.1, 0.2])):
+        assert sorted({point[name] for point in points}) == [pytest.approx(value) for value in expected]
+        assert {type(point[name]) for point in points} == {type(expected[0])}
+    assert len(points) == 27
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_steps_of_integers_are_integers(engine: str) -> None:
+    """A program's `type=int` does not read 32.0."""
+    steps = {"batch": STEPS["batch"], "wide": {"distribution": "q_log_uniform_values", "min": 8, "max": 512, "q": 8}}
+    for trial in search(changed(parameters=steps), lambda params: 0.0, runs=20, engine=engine):
+        assert {type(value) for value in trial.params.values()} == {int}
+        assert trial.params["batch"] % 16 == 0 and trial.params["wide"] % 8 == 0
 
 
 @pytest.mark.parametrize("engine", ENGINES)

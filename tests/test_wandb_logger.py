@@ -114,6 +114,16 @@ def test_a_hanging_server_costs_one_timeout() -> None:
     assert len(run.of("log_artifact")) == 1
 
 
+def test_a_failing_artifact_is_reported_as_not_sent_and_the_table_is_sent() -> None:
+    pytest.importorskip("wandb")
+    run = FakeRun(log_artifact=ConnectionError("refused"))
+    logger = started(run, jsonl=__file__)
+    with pytest.warns(RuntimeWarning, match=r"W&B artifact failed \(ConnectionError: refused\).*it is not sent"):
+        logger.close({"steps": 1})
+    assert any("safe_lr/decisions" in args[0] for args, _ in run.of("log"))
+    assert {"safe_lr_summary": {"steps": 1, "decisions": 0}} in [args[0] for args, _ in run.of("update")]
+
+
 def test_alerts_are_few() -> None:
     run = FakeRun()
     logger = started(run, alert_every=600.0)

@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,39 @@ def test_an_online_run_holds_figures_settings_summary_table_artifact_and_the_use
     rows = json.loads(table)
     assert [row[rows["columns"].index("reason")] for row in rows["data"]] == [d.reason for d in record.decisions]
     assert all(item["state"] == "COMMITTED" for item in server.artifacts.values())
+
+
+@pytest.mark.parametrize(
+    ("stuck", "arrives"), [("run-{}-", "safe_lr_decisions"), ("safe_lr-{}", "run_table")], ids=["table", "artifact"]
+)
+def test_an_upload_that_hangs_does_not_cost_the_other(
+    stuck: str, arrives: str, server: WandbServer, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.jsonl"
+    run = quiet()
+    training = Training(loggers=[JsonlLogger(path), WandbLogger(jsonl=path)])
+    for step in range(15):
+        training.step()
+        run.log({"loss": 1.0}, step=step)
+    server.stuck = stuck.format(run.id)  # the client asks for the latest version of that name, in the caller's thread
+    begun = time.monotonic()
+    with pytest.warns(RuntimeWarning, match=r"W&B (table|artifact) failed \(TimeoutError") as caught:
+        training.scheduler.close()
+    assert time.monotonic() - begun < 3.0
+    assert len([item for item in caught if "W&B" in str(item.message)]) == 1
+    wait_until(lambda: [item["state"] for item in server.artifacts.values()] == ["COMMITTED"])
+    assert [item["input"]["artifactTypeName"] for item in server.artifacts.values()] == [arrives]
+    server.released.set()
+    run.finish()
+    assert server.run(run.id).summary["safe_lr_summary"]["steps"] == 15
+
+
+def wait_until(fulfilled: Callable[[], bool]) -> None:
+    for _ in range(200):
+        if fulfilled():
+            return
+        time.sleep(0.02)
+    raise AssertionError("waited in vain")
 
 
 def test_a_resumed_run_goes_on_where_it_was(server: WandbServer, tmp_path: Path) -> None:
@@ -234,6 +268,28 @@ def test_an_agent_tells_that_every_run_failed(server: WandbServer, root: Path) -
     assert main(["sweep", "agent", f"p/{sweep}", "--count", "2"]) == 1
 
 
+@pytest.mark.parametrize("more", [[], ["--function", "tests.test_wandb_online:hopeless"]], ids=["program", "function"])
+def test_an_agent_for_a_sweep_that_is_not_there_says_so(
+    more: list[str], server: WandbServer, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safe_lr.__main__ import main
+
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    for name, message in (
+        ("p/nothere0", f"there is no sweep 'p/nothere0' at {server.url} ("),
+        ("nothere0", "(missing project)): give ENTITY/PROJECT/ID, as it stands in the sweep's address"),
+        ("a/b/c/d", "'a/b/c/d' names no sweep: give ENTITY/PROJECT/ID"),
+    ):
+        assert main(["sweep", "agent", name, *more]) == 2
+        (said,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("safe-lr: error: "))
+        assert message in said
+    server.fail = "401"
+    wandb.teardown()
+    assert main(["sweep", "agent", "p/nothere0", *more]) == 2
+    assert "safe-lr: error: W&B: Failed to verify credentials" in capfd.readouterr().err
+    server.fail = None
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:W&B attach failed:RuntimeWarning")
 def test_an_unsafe_point_is_pruned_and_its_run_ends_normally(server: WandbServer, tmp_path: Path) -> None:
@@ -303,11 +359,12 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["none", *FAILURES])
-@pytest.mark.parametrize("when", WHENS)
+@pytest.mark.parametrize(("owner", "when"), [(owner, when) for owner, whens in WHENS.items() for when in whens])
 def test_a_failing_server_changes_nothing_and_costs_seconds_at_most(
-    when: str, mode: str, plain: dict[str, Any], tmp_path: Path
+    owner: str, when: str, mode: str, plain: dict[str, Any], tmp_path: Path
 ) -> None:
-    found = failure(when, mode, 150, tmp_path, plain)
+    """In a run of the logger's own, and in one that the user has opened, logs to and finishes."""
+    found = failure(owner, when, mode, 150, tmp_path, plain)
     assert found["same_weights"]
     assert found["whole_record"]
     assert found["later_s"] + found["exit_s"] <= AT_MOST_LATER

@@ -10,7 +10,8 @@ it was sent:
     assert server.run(run.id).history[0]["loss"] == 1.0
 
 `server.fail` makes it sick: "500", "401", "hang" (it takes a request and never answers), "drop" (it hangs up). `stop()`
-makes it go away. A client in another process does the same by `GET /_fail/<mode>`, mode "gone" included.
+makes it go away. A client in another process does the same by `GET /_fail/<mode>`, mode "gone" included. `server.stuck`
+leaves requests that hold that word without an answer.
 """
 
 from __future__ import annotations
@@ -90,6 +91,7 @@ class WandbServer:
         self.uploads: dict[str, bytes] = {}
         self.unknown: list[Json] = []  # operations that it could not serve
         self.fail: str | None = None
+        self.stuck: str | None = None  # requests that say this are never answered: an artifact's type, say
         self.released = threading.Event()  # ends requests that hang
         self._agents: dict[str, str] = {}
         self._lock = threading.RLock()
@@ -420,6 +422,8 @@ class _Handler(BaseHTTPRequestHandler):
         named = re.search(r"(?:query|mutation)\s+(\w+)", body.get("query", ""))
         operation = body.get("operationName") or (named[1] if named else "")
         variables = body.get("variables") or {}
+        if self.server_state.stuck is not None and self.server_state.stuck in json.dumps(variables):
+            self.server_state.released.wait()
         try:
             self._answer({"data": self.server_state.graphql(operation, variables)})
         except Exception as error:  # noqa: BLE001 (the client sees a GraphQL error, the test finds it in `unknown`)

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +21,10 @@ closure), or a mapping with these keys. The closure returns the loss of a batch 
 It prints the curvature, every limit on lr, and what they say about the lr that the optimizer has. Exit status 1: that
 lr is beyond the limit, or nothing could be measured."""
 
+_COARSE = 0.5  # residual of the measurement before `--after`, which only asks whether there can be one
 _YOUNG = (
-    "the optimizer has made no update yet; an adaptive one's limit grows up to ten-thousandfold in its first updates: "
-    "--after 20 measures then"
+    "the optimizer has made no update yet, and it is adaptive: its limit grows up to ten-thousandfold in the first "
+    "updates. --after 20 measures then"
 )
 
 
@@ -58,16 +59,27 @@ def _run(args: argparse.Namespace) -> int:
     members = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
     lr = max(float(group["lr"]) for member in members for group in member.param_groups)
     word, text = verdict(lr, found.lr_limit, args.bound) if found.failure is None else ("failed", found.failure)
-    young = not any(member.state for member in members)
+    young = _YOUNG if word != "failed" and any(map(_is_young, members)) else None
+    notes = [note for note in (found.note, young) if note is not None]
     if args.json:
         fields = {name: value for name, value in asdict(found).items() if name != "vectors"}
+        fields["note"] = "; ".join(notes) or None
         print(as_json({"lr": lr, "verdict": word, "explanation": text, "updates": args.after, **fields}))
     else:
         _print(found, lr, args.bound)
         print(f"verdict: {word}: {text}")
-        if young and word != "failed":
-            print(f"note: {_YOUNG}")
+        for note in notes:
+            print(f"note: {note}")
     return NEGATIVE if word in ("beyond", "failed") else 0
+
+
+def _is_young(optimizer: Any) -> bool:
+    """Whether it divides by second moments, and has none yet. Gradient descent's P is 1 from the first update on."""
+    from safe_lr.ensemble import unwrapped
+    from safe_lr.preconditioners import preconditioner_of
+
+    optimizer = unwrapped(optimizer)
+    return not optimizer.state and bool(preconditioner_of(optimizer).second_moments)
 
 
 def _measured(args: argparse.Namespace) -> tuple[Any, Measurement]:
@@ -80,18 +92,30 @@ def _measured(args: argparse.Namespace) -> tuple[Any, Measurement]:
     from safe_lr.sweeps import load_function
 
     make = load_function(args.target)
-    try:
+    with _users_own(args.target):
         made = make()
-    except Exception as error:
-        traceback.print_exc()
-        raise ValueError(f"{args.target} raised {type(error).__name__}: {error}") from error
     optimizer, closure = _parts(made, args.target)
-    if args.after:
-        _protected_updates(optimizer, closure, args.after)
+    settings = {"bound": args.bound, "curvature": args.curvature}
     try:
-        return optimizer, measure(optimizer, closure, bound=args.bound, curvature=args.curvature, tol=args.tol)
+        if args.after:  # what cannot be measured now is not trained with either
+            found = measure(optimizer, closure, tol=_COARSE, **settings)
+            if found.failure is not None:
+                return optimizer, found
+            with _users_own(f"an update of {args.target}"):
+                _protected_updates(optimizer, closure, args.after, settings)
+        return optimizer, measure(optimizer, closure, tol=args.tol, **settings)
     except TypeError as error:
         raise ValueError(f"{args.target}: {error}") from error
+
+
+@contextlib.contextmanager
+def _users_own(what: str) -> Iterator[None]:
+    """Turns what the user's code raises into our error: a status of 1 would be a verdict. Its traceback is printed."""
+    try:
+        yield
+    except Exception as error:
+        traceback.print_exc()
+        raise ValueError(f"{what} raised {type(error).__name__}: {error}") from error
 
 
 def verdict(lr: float, lr_limit: float, bound: str) -> tuple[str, str]:
@@ -142,15 +166,23 @@ def _parts(returned: Any, target: str) -> tuple[Any, Callable[[], Any]]:
     )
 
 
-def _protected_updates(optimizer: Any, closure: Callable[[], Any], updates: int) -> None:
+def _loss(returned: Any, curvature: str) -> Any:
+    """The loss to train on, from what a closure returns for that curvature."""
+    if curvature in ("gauss-newton", "fisher"):
+        outputs, loss_of_outputs = returned
+        return loss_of_outputs(outputs)
+    return returned.mean()  # per-example losses with the empirical Fisher, else the loss itself
+
+
+def _protected_updates(optimizer: Any, closure: Callable[[], Any], updates: int, settings: dict[str, Any]) -> None:
     from safe_lr.guard import CoherenceGuard
 
     members = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
-    guard = CoherenceGuard(optimizer, loggers=None, credit=1e6)
+    guard = CoherenceGuard(optimizer, loggers=None, credit=1e6, **settings)
     for _ in range(updates):
         for member in members:
             member.zero_grad()
-        closure().backward()
+        _loss(closure(), settings["curvature"]).backward()
         guard.observe(closure)
         for member in members:
             member.step()

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safe_lr.commands.parsers import add_command, add_json, as_json
+from safe_lr.commands.parsers import add_command, add_json, as_json, naming
 
 
 def add(commands: Any) -> None:
@@ -39,7 +39,8 @@ def _run(args: argparse.Namespace) -> None:
     from safe_lr.report import write_report
 
     out = args.out or args.records[0].with_suffix(".html")
-    out = write_report(args.records[0], out) if len(args.records) == 1 else write_comparison(args.records, out)
+    with naming(out):
+        out = write_report(args.records[0], out) if len(args.records) == 1 else write_comparison(args.records, out)
     if not args.json:
         print(f"The report is in {out}")
         return

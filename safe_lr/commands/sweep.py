@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,9 +13,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safe_lr.commands.parsers import NEGATIVE, add_command, add_json, as_json, positive
+from safe_lr.commands.parsers import NEGATIVE, add_command, as_json, naming, positive
 
 NO_WANDB = "this needs W&B: pip install wandb, or search without it: safe-lr sweep run --local"
+
+_ADDRESS = "give ENTITY/PROJECT/ID, as it stands in the sweep's address (`safe-lr sweep run SWEEP.yaml` makes a sweep)"
 
 
 def add(commands: Any) -> None:
@@ -85,7 +88,7 @@ def _add_run(parts: Any) -> None:
     run.add_argument("--seed", type=int, default=0, help="with --local: makes the search repeatable")
     run.add_argument("-o", "--out", type=Path, metavar="JSONL", help="with --local: write the trials there")
     run.add_argument("--project", help="without --local: the W&B project")
-    add_json(run)
+    run.add_argument("--json", action="store_true", help="with --local: print the answer as JSON, and nothing else")
 
 
 def _add_agent(parts: Any) -> None:
@@ -147,46 +150,55 @@ def _init(args: argparse.Namespace) -> None:
     if args.out is None:
         print(text, end="")
         return
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(text, encoding="utf-8")
+    with naming(args.out):
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(text, encoding="utf-8")
     print(f"The config is in {args.out}; next: safe-lr sweep run --local {args.out}")
 
 
 def _run(args: argparse.Namespace) -> int:
     from safe_lr.sweeps import load_config, load_function
 
+    if (args.json or args.out) and not args.local:
+        raise ValueError("--json and --out go with --local: of a sweep under W&B, W&B keeps the runs")
     config = load_config(args.config)
     function = load_function(args.function) if args.function else None
     return _run_locally(args, config, function) if args.local else _run_under_wandb(args, config, function)
 
 
 def _run_locally(args: argparse.Namespace, config: dict[str, Any], function: Callable[..., Any] | None) -> int:
-    from safe_lr.sweeps import best, program_of, search
+    from safe_lr.sweeps import program_of, search
+
+    trials: list[Any] = []
 
     def tell(trial: Any) -> None:
+        trials.append(trial)
         value = f"{trial.value:.6g}" if trial.value is not None else f"{trial.status}: {trial.reason}"
         settings = "  ".join(f"{name}={_short(setting)}" for name, setting in trial.params.items())
         print(f"run {trial.number:>3}  {value:<12}  {settings}", flush=True)
 
-    goal = (config.get("metric") or {}).get("goal", "minimize")
-    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
-        trials = search(
-            config,
-            function or program_of(config),
-            runs=args.runs,
-            seed=args.seed,
-            engine=args.engine,
-            log_path=args.out,
-            told=tell,
-        )
-    winner = best(trials, goal)
+    quiet = contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext()
+    settings = {"runs": args.runs, "seed": args.seed, "engine": args.engine, "log_path": args.out}
+    try:
+        with quiet:
+            search(config, function or program_of(config), told=tell, **settings)
+    except KeyboardInterrupt:  # what was found so far is an answer, too
+        _tell_best(trials, config, args)
+        raise
+    return _tell_best(trials, config, args)
+
+
+def _tell_best(trials: list[Any], config: dict[str, Any], args: argparse.Namespace) -> int:
+    from safe_lr.sweeps import best
+    from safe_lr.sweeps.programs import switches
+
+    winner = best(trials, (config.get("metric") or {}).get("goal", "minimize"))
     if args.json:
         print(as_json({"best": winner and asdict(winner), "trials": [asdict(trial) for trial in trials]}))
     elif winner is None:
         print("no run has finished")
     else:
-        settings = " ".join(f"--{name}={_short(setting)}" for name, setting in winner.params.items())
-        print(f"best: run {winner.number}, {winner.value:.6g} with {settings}")
+        print(f"best: run {winner.number}, {winner.value:.6g} with {shlex.join(switches(winner.params))}")
     return NEGATIVE if winner is None else 0
 
 
@@ -208,11 +220,33 @@ def _run_under_wandb(args: argparse.Namespace, config: dict[str, Any], function:
 def _agent(args: argparse.Namespace) -> int:
     from safe_lr.sweeps import load_function
 
-    return _work(args.sweep, load_function(args.function) if args.function else None, args.count)
+    function = load_function(args.function) if args.function else None
+    _find(args.sweep)
+    return _work(args.sweep, function, args.count)
+
+
+def _find(sweep: str) -> None:
+    """Raises where there is no such sweep, of which W&B's agents tell in a traceback, in passing, or with status 0."""
+    parts = sweep.split("/")
+    if len(parts) > 3 or not all(parts):
+        raise ValueError(f"{sweep!r} names no sweep: {_ADDRESS}")
+    with _wandb_errors():
+        import wandb
+
+        try:
+            api: Any = wandb.Api()
+            api.sweep(sweep)
+        except wandb.errors.AuthenticationError:
+            raise
+        except wandb.errors.CommError as error:
+            if not any(text in str(error) for text in ("not find", "not found", "Invalid path")):
+                raise
+            at = wandb.setup().settings.base_url
+            raise ValueError(f"there is no sweep {sweep!r} at {at} ({error}): {_ADDRESS}") from error
 
 
 def _work(sweep: str, function: Callable[..., Any] | None, count: int | None) -> int:
-    """Works as an agent; the status is 1 where runs were made and all of them failed."""
+    """Works as an agent; the status is 1 where runs were made and all of them failed, 2 where W&B's agent did."""
     with _wandb_errors():
         import wandb
 
@@ -225,7 +259,7 @@ def _work(sweep: str, function: Callable[..., Any] | None, count: int | None) ->
     environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     # The agent starts the program by `python`: that is to be this one, also where its environment is not activated.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
-    return NEGATIVE if subprocess.run(command, env=environment, check=False).returncode else 0
+    return subprocess.run(command, env=environment, check=False).returncode
 
 
 def _noted(function: Callable[[], Any], failed: list[bool]) -> Callable[[], Any]:

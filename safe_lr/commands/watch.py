@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from safe_lr.commands.parsers import NEGATIVE, add_command, add_json, as_json
-from safe_lr.loggers.records import NOT_OURS, no_record
+from safe_lr.loggers.records import NOT_OURS, figures_of, no_record
 from safe_lr.plots import number
 from safe_lr.plots.timeline import IN_WORDS, STATES, State, state_of
 
@@ -57,9 +57,9 @@ class Status:
             record = json.loads(line)
             kind = record.pop("kind")
             if kind == "step":
-                state = state_of(record)
-                record["step"] = int(record["step"])
-                self.row, self.states[state] = record, self.states[state] + 1
+                row = figures_of(record)
+                state = state_of(row)
+                self.row, self.states[state] = row, self.states[state] + 1
             elif kind == "decision":
                 shown = {"step": int(record["step"]), "action": str(record["action"]), "reason": str(record["reason"])}
                 self.failures += record["failure"] is not None

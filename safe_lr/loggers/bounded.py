@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -28,46 +28,56 @@ def is_stop_request(error: BaseException) -> bool:
     return type(error) is Exception and not error.args
 
 
-def bounded(call: Callable[[], T], timeout: float, what: str) -> T:
-    """Returns `call()`, for which the caller waits `timeout` seconds at most.
-
-    The call runs in a daemon thread, so that one which never returns holds up neither the caller nor the
-    interpreter's exit. It is not ended at the timeout, only waited for no longer.
+class Begun(Generic[T]):
+    """A call that has begun, in a daemon thread: one that never returns holds up neither its caller nor the exit.
 
     Args:
         call: Takes nothing.
-        timeout: Longest wait, in seconds.
         what: Names the call in the error.
 
-    Returns:
-        What `call` returns.
+    Example:
+        >>> both = [Begun(lambda: 6 * 7, "answer"), Begun(lambda: 6 + 7, "sum")]
+        >>> [call.result(timeout=5.0) for call in both]
+        [42, 13]
+    """
 
-    Raises:
-        TimeoutError: The call was not over in time.
-        Exception: Whatever the call raised. `SystemExit` and its like come out as `RuntimeError`: a service may fail,
-            but it may not end the process.
+    def __init__(self, call: Callable[[], T], what: str) -> None:
+        self._call, self._what = call, what
+        self._results: list[T] = []
+        self._errors: list[BaseException] = []
+        self._thread = threading.Thread(target=self._work, name=f"safe_lr {what}", daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        try:
+            self._results.append(self._call())
+        except BaseException as error:  # noqa: BLE001 (handed to the caller by `result`)
+            self._errors.append(error)
+
+    def result(self, timeout: float) -> T:
+        """Returns what the call returns, for which it waits `timeout` seconds at most.
+
+        Raises:
+            TimeoutError: The call was not over in time. It is not ended, only waited for no longer.
+            Exception: Whatever the call raised. `SystemExit` and its like come out as `RuntimeError`: a service may
+                fail, but it may not end the process.
+        """
+        self._thread.join(timeout)
+        if self._errors:
+            error = self._errors[0]
+            if isinstance(error, Exception):
+                raise error
+            raise RuntimeError(f"{self._what} ended with {type(error).__name__}: {error}") from error
+        if not self._results:
+            raise TimeoutError(f"{self._what} took longer than {timeout:.3g} s")
+        return self._results[0]
+
+
+def bounded(call: Callable[[], T], timeout: float, what: str) -> T:
+    """Returns `call()`, for which the caller waits `timeout` seconds at most; see `Begun`.
 
     Example:
         >>> bounded(lambda: 6 * 7, timeout=5.0, what="answer")
         42
     """
-    results: list[T] = []
-    errors: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            results.append(call())
-        except BaseException as error:  # noqa: BLE001 (handed to the caller below)
-            errors.append(error)
-
-    thread = threading.Thread(target=work, name=f"safe_lr {what}", daemon=True)
-    thread.start()
-    thread.join(timeout)
-    if errors:
-        error = errors[0]
-        if isinstance(error, Exception):
-            raise error
-        raise RuntimeError(f"{what} ended with {type(error).__name__}: {error}") from error
-    if not results:
-        raise TimeoutError(f"{what} took longer than {timeout:.3g} s")
-    return results[0]
+    return Begun(call, what).result(timeout)

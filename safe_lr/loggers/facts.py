@@ -131,15 +131,14 @@ def summary_of(records: Records) -> Summary:
         "seconds": found.seconds,
     } | course.figures()
     own = records.summary or {}
-    told = {
-        item.name: own[item.name] for item in dataclasses.fields(Summary) if item.name in own and item.name != "advice"
-    }
-    summary = Summary(**numbers | {name: value for name, value in told.items() if _fits(value)})
+    told = {item.name: own[item.name] for item in dataclasses.fields(Summary) if _fits(own.get(item.name, ""), item)}
+    summary = Summary(**numbers | told)
     return dataclasses.replace(summary, advice=tuple(map(str, advise(summary))))
 
 
-def _fits(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float)
+def _fits(value: Any, item: dataclasses.Field[Any]) -> bool:
+    """Whether a value that was read may stand in that field of a summary: a number, or null where it may be missing."""
+    return "None" in str(item.type) if value is None else isinstance(value, bool | int | float)
 
 
 def _weighed(rows: list[Row], steps: int) -> list[tuple[Row, int]]:

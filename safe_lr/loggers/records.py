@@ -15,7 +15,7 @@ from safe_lr.decisions import ACTIONS, Decision
 
 Row = dict[str, float]
 
-NOT_OURS = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+NOT_OURS = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)
 """What reading a line raises that is cut off, not ours, or of a later version."""
 
 _SHOWN = 5  # unreadable lines that are named
@@ -122,7 +122,10 @@ class _Reader:
 
     def records(self, name: str) -> Records:
         counts = self.unreadable, self.superseded
-        return Records(self.runs, self.decisions, self.rows, self.summary, *counts, name, self.unreadable_at)
+        # In order already, but where several programs wrote to one file or somebody has put files together.
+        decisions = sorted(self.decisions, key=lambda decision: decision.step)
+        rows = sorted(self.rows, key=lambda row: row["step"])
+        return Records(self.runs, decisions, rows, self.summary, *counts, name, self.unreadable_at)
 
     def feed(self, line: bytes, number: int) -> None:
         try:
@@ -157,7 +160,7 @@ class _Reader:
         self.decisions.append(decision)
 
     def _take_step(self, record: dict[str, Any]) -> None:
-        row = {name: value for name, value in record.items() if _is_number(value)}
+        row = figures_of(record)
         self._supersede(int(row["step"]))
         self.rows.append(row)
 
@@ -172,13 +175,24 @@ class _Reader:
         self.superseded += before - len(self.decisions) - len(self.rows)
 
 
+def figures_of(record: dict[str, Any]) -> Row:
+    """Returns the figures of a `step` line.
+
+    Raises:
+        KeyError: Its step is missing, or no number.
+    """
+    row = {name: value for name, value in record.items() if _is_number(value)}
+    row["step"] = int(row["step"])
+    return row
+
+
 def _decision(record: dict[str, Any]) -> Decision:
     """Builds the decision; fields of later versions are left out, a required number that was not finite is NaN."""
     values = {name: value for name, value in record.items() if name in _TYPES}
     for name, value in values.items():
         if value is None and _TYPES[name] == "float":
             values[name] = math.nan
-        elif value is not None and not _READS[_TYPES[name]](value):
+        elif not (_READS[_TYPES[name]](value) if value is not None else "None" in _TYPES[name]):
             raise ValueError(f"{name} is {value!r}")
     return Decision(**values)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from safe_lr.decisions import Decision
 from safe_lr.loggers.alerts import Alert, Alerts
-from safe_lr.loggers.bounded import bounded, is_stop_request
+from safe_lr.loggers.bounded import Begun, bounded, is_stop_request
 from safe_lr.loggers.names import METRICS, PREFIX, known
 from safe_lr.loggers.rank import is_rank_zero
 from safe_lr.loggers.sampling import Sampling
@@ -40,8 +40,8 @@ class WandbLogger:
     * Sent are the first 100 steps, every `every`-th later on, each with a decision and the last: the client takes half
       a millisecond and more for each call.
     * Every metric is defined by its exact name. Settings go to the config key `safe_lr_resolved`, which no sweep locks.
-    * Table and JSONL artifact wait for a server: they are sent once, from `close`. Close the scheduler before you
-      finish the run.
+    * Table and JSONL artifact wait for a server: they are sent once, from `close`, side by side, so that one which
+      hangs does not cost the other. Close the scheduler before you finish the run.
     * Training does not wait for a run of the logger's own to be opened. Calls that fail later may make it wait
       `timeout` seconds, all together. What the run could not send in that time lies in its folder, for `wandb sync`.
     * An error of W&B's is never raised. The first is reported in one warning; after three, or one call that hangs, the
@@ -148,7 +148,13 @@ class WandbLogger:
         if self._attach():
             if row is not None:
                 self._tell("log", lambda: self._log(row))
-            self._try("final table", lambda: self._send(summary), wait=self._patience)
+            self._tell("final summary", partial(self._summarise, self._run, summary))
+            decisions = [*self._first, *self._last]
+            sending = [("table", partial(self._send_table, self._run, decisions))]
+            if self.jsonl is not None and self.jsonl.is_file():
+                sending.append(("artifact", partial(self._send_record, self._run, self.jsonl)))
+            for what, call in [(what, Begun(call, f"W&B {what}")) for what, call in sending]:
+                self._try(what, partial(call.result, self._patience), last=True)
         if self._owned and self._run is not None:
             self._try("finish", self._run.finish, wait=max(_TO_BEGIN, self._patience))
         self._rank_zero, self._run, self._given = False, None, None
@@ -224,17 +230,21 @@ class WandbLogger:
         payload = {PREFIX + "step": row["step"], **{PREFIX + name: value for name, value in figures.items()}}
         self._run.log(payload, commit=self._owned)
 
-    def _send(self, summary: Mapping[str, Any]) -> None:
+    def _summarise(self, run: Any, summary: Mapping[str, Any]) -> None:
+        run.summary.update({"safe_lr_summary": {**summary, "decisions": self._decisions}})
+
+    def _send_table(self, run: Any, decisions: Iterable[Decision]) -> None:
         import wandb
 
-        decisions = [decision.to_dict() for decision in (*self._first, *self._last)]
-        self._run.summary.update({"safe_lr_summary": {**summary, "decisions": self._decisions}})
-        table = wandb.Table(columns=_COLUMNS, data=[[item[str(name)] for name in _COLUMNS] for item in decisions])
-        self._run.log({PREFIX + "decisions": table}, commit=self._owned)
-        if self.jsonl is not None and self.jsonl.is_file():
-            artifact = wandb.Artifact(f"safe_lr-{self._run.id}", type="safe_lr_decisions")
-            artifact.add_file(str(self.jsonl), name="decisions.jsonl")
-            self._run.log_artifact(artifact)
+        rows = [[item[str(name)] for name in _COLUMNS] for item in map(Decision.to_dict, decisions)]
+        run.log({PREFIX + "decisions": wandb.Table(columns=_COLUMNS, data=rows)}, commit=self._owned)
+
+    def _send_record(self, run: Any, path: Path) -> None:
+        import wandb
+
+        artifact = wandb.Artifact(f"safe_lr-{run.id}", type="safe_lr_decisions")
+        artifact.add_file(str(path), name="decisions.jsonl")
+        run.log_artifact(artifact)
 
     def _alert(self, alerts: Iterable[Alert]) -> None:
         for kind, text in alerts:
@@ -255,7 +265,15 @@ class WandbLogger:
         """Seconds that failing calls may still wait."""
         return max(0.0, self.timeout - self._waited)
 
-    def _try(self, what: str, call: Callable[[], Any], *, wait: float | None = None, fatal: bool = False) -> None:
+    def _try(
+        self,
+        what: str,
+        call: Callable[[], Any],
+        *,
+        wait: float | None = None,
+        fatal: bool = False,
+        last: bool = False,
+    ) -> None:
         """Makes a call to W&B; an error is counted, not raised. One that hangs, or is `fatal`, counts as the last.
 
         Args:
@@ -263,6 +281,7 @@ class WandbLogger:
             call: Makes it.
             wait: Bounds one that may wait for a server, in seconds.
             fatal: Whether there is no use in going on without it.
+            last: Whether it is one that is made once.
         """
         silent, begun = self.failures >= _MAX_FAILURES, time.monotonic()
         try:
@@ -276,12 +295,12 @@ class WandbLogger:
             self._waited += time.monotonic() - begun
             self.failures = _MAX_FAILURES if fatal or isinstance(error, TimeoutError) else self.failures + 1
             if not silent:
-                self._report(what, error)
+                self._report(what, error, last)
 
-    def _report(self, what: str, error: Exception) -> None:
+    def _report(self, what: str, error: Exception, last: bool) -> None:
         over = self.failures >= _MAX_FAILURES
         if over or self.failures == 1:
-            then = "no more is sent to W&B" if over else "it is tried again"
+            then = "no more is sent to W&B" if over else "it is not sent" if last else "it is tried again"
             message = f"W&B {what} failed ({type(error).__name__}: {error}): training goes on, {then}"
             warnings.warn(message, RuntimeWarning, stacklevel=4)
 

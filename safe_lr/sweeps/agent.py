@@ -19,7 +19,7 @@ def work(arguments: Sequence[str]) -> int:
         arguments: Those of `wandb agent`.
 
     Returns:
-        1 where runs were made and all failed, W&B's own status where its command fails, else 0.
+        1 where runs were made and all failed, 2 where W&B's command fails (it has said why), else 0.
     """
     from wandb import wandb_agent
     from wandb.cli.cli import cli
@@ -39,7 +39,7 @@ def work(arguments: Sequence[str]) -> int:
         cli(["agent", *arguments], prog_name="wandb")
     except SystemExit as end:
         if end.code:
-            return end.code if isinstance(end.code, int) else 1
+            return 2
     finally:
         processes.poll = poll
     # As W&B counts: a negative status is a run that the sweep has stopped.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from safe_lr.guard import CoherenceGuard
-from safe_lr.sweeps.config import PREFIX, check
+from safe_lr.sweeps.checks import PREFIX, check
 from safe_lr.sweeps.spaces import Interval, space
 
 Closure = Callable[[], Tensor]

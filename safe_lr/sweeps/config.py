@@ -2,39 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
 import json
-import math
-import re
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safe_lr.policies import Policy
-from safe_lr.scheduler import CoherenceScheduler
-from safe_lr.settings import Settings
-from safe_lr.sweeps.spaces import DISTRIBUTIONS, distribution
+from safe_lr.sweeps.checks import PREFIX, SETTINGS, check, is_number, searchable, violations
 
-PREFIX = "safe_lr."
 MARGIN = (0.05, 1.0)
 """Where a sweep looks for the margin: a tuned lr runs at .08-3 of the limit, and a fixed margin ends at 1."""
 
 COMMAND = ("${env}", "${interpreter}", "${program}", "${args_no_boolean_flags}")
 """How an agent starts a program: `--name=value`, and a switch `--name` for True, nothing for False."""
 
-METHODS = ("bayes", "random", "grid", "custom")
 _LOG = ("lr", PREFIX + "margin")
-_OURS = frozenset(inspect.signature(CoherenceScheduler.__init__).parameters) - {"self", "optimizer", "schedule"}
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
-_KEYS = frozenset(
-    re.findall(
-        r"\w+",
-        "method metric metrics parameters early_terminate scheduler controller run_cap program command job image_uri "
-        "entity project name description apiVersion kind",
-    )
-)
 
 Space = float | str | bool | tuple[float, float] | Sequence[float | str | bool]
 
@@ -113,196 +94,38 @@ def sweep_config(
         PREFIX + "bound": bound,
     }
     parameters = {key: _parameter(key, value) for key, value in spaces.items() if value is not None}
+    for key, value in spaces.items():
+        if fault := _out_of_range(key, value):
+            raise ValueError(f"the sweep would be rejected: parameters.{key}: {fault}")
     parameters |= {key: dict(value) for key, value in (more or {}).items()}
     config: dict[str, Any] = {"method": method, "metric": {"name": metric, "goal": goal}, "parameters": parameters}
     config |= {"name": name} if name else {}
     config |= {"program": program, "command": list(COMMAND)} if program else {}
     config |= {"run_cap": runs} if runs is not None else {}
     check(config)
+    if not searchable(parameters):
+        raise ValueError("parameters: each has one value, so there is nothing to sweep: give lists, margin=[0.1, 0.3]")
     return config
+
+
+def _out_of_range(key: str, value: Any) -> str | None:
+    """What no optimizer would take; the scheduler's own settings are looked at by `check`."""
+    numbers = [item for item in (value if isinstance(value, list | tuple) else [value]) if is_number(item)]
+    if key == "lr" and any(number <= 0 for number in numbers):
+        return f"{value!r} needs a range above 0"
+    if key in ("beta1", "beta2") and any(not 0 <= number < 1 for number in numbers):
+        return f"{value!r} is not inside [0, 1)"
+    return None
 
 
 def _parameter(key: str, value: Space) -> dict[str, Any]:
     """One parameter as W&B writes it: floats on both sides of a range, or it would be a range of integers."""
     if isinstance(value, tuple):
-        if len(value) != 2 or not all(_is_number(end) for end in value):
+        if len(value) != 2 or not all(is_number(end) for end in value):
             raise ValueError(f"{key} is {value!r}: a range is a pair of numbers (low, high), values are a list")
         kind = "log_uniform_values" if key in _LOG else "uniform"
         return {"distribution": kind, "min": float(value[0]), "max": float(value[1])}
     return {"value": value} if isinstance(value, str | int | float) else {"values": list(value)}
-
-
-def check(config: Mapping[str, Any]) -> None:
-    """Raises where `violations` finds anything.
-
-    Raises:
-        ValueError: All that is wrong, each with its key, in one message.
-    """
-    if found := violations(config):
-        raise ValueError("the sweep would be rejected: " + "; ".join(found))
-
-
-def violations(config: Mapping[str, Any]) -> list[str]:
-    """Returns what is wrong with a sweep config, each as `key: reason`; nothing has run by then.
-
-    The checks are our own and, where the package `sweeps` is installed, W&B's: ours name the key, catch what W&B takes
-    and then trips over (a grid over a range of floats, `1e-3`, which YAML reads as text), and know the arguments of
-    `CoherenceScheduler`.
-
-    Args:
-        config: As `wandb.sweep` takes it.
-
-    Returns:
-        Sentences; none for a config that is fine.
-
-    Example:
-        >>> violations({"method": "bayes", "parameters": {"lr": {"min": 1.0, "max": 0.1}}})
-        ['metric: bayes needs {name: ..., goal: minimize}', 'parameters.lr: min 1.0 is not below max 0.1']
-    """
-    if not isinstance(config, Mapping):
-        return [f"the config is {type(config).__name__}, not a mapping of keys such as method and parameters"]
-    found = [f"{key}: W&B knows no such key" for key in config if key not in _KEYS]
-    method = config.get("method")
-    if method not in METHODS:
-        found.append(f"method: {method!r} is not one of {', '.join(METHODS)}")
-    found += _metric_violations(config.get("metric"), method)
-    found += _stopping_violations(config.get("early_terminate"))
-    for key, kind, allowed in (("program", str, "a path"), ("name", str, "text"), ("command", list, "a list of words")):
-        if key in config and not isinstance(config[key], kind):
-            found.append(f"{key}: {config[key]!r} is not {allowed}")
-    cap = config.get("run_cap", 1)
-    if isinstance(cap, bool) or not isinstance(cap, int) or cap < 1:
-        found.append(f"run_cap: {cap!r} is not a number of runs, 1 or more")
-    parameters = config.get("parameters")
-    if not isinstance(parameters, Mapping) or not parameters:
-        found.append("parameters: there is none to sweep")
-    else:
-        found += [
-            f"parameters.{key}: {text}" for key, spec in parameters.items() if (text := _fault(key, spec, method))
-        ]
-    return found or _wandbs_own(config)
-
-
-def _metric_violations(metric: Any, method: Any) -> list[str]:
-    if metric is None:
-        return ["metric: bayes needs {name: ..., goal: minimize}"] if method == "bayes" else []
-    if not isinstance(metric, Mapping) or not isinstance(metric.get("name"), str):
-        return [f"metric: {metric!r} has no name: write {{name: val_loss, goal: minimize}}"]
-    if metric.get("goal", "minimize") not in ("minimize", "maximize"):
-        return [f"metric.goal: {metric['goal']!r} is not one of minimize, maximize"]
-    return []
-
-
-def _fault(key: Any, spec: Any, method: Any) -> str | None:
-    """What is wrong with one parameter, None if nothing is."""
-    if not isinstance(key, str) or not _NAME.fullmatch(key):
-        return "a name begins with a letter and holds letters, digits, '_', '.' and '-' only"
-    if not isinstance(spec, Mapping):
-        return f"{spec!r} is not a mapping: write {{value: ...}}, {{values: [...]}} or {{min: ..., max: ...}}"
-    if "parameters" in spec:
-        return None  # nested ones are W&B's to judge
-    forms = [form for form in ("value", "values") if form in spec]
-    ranged = "min" in spec or "max" in spec
-    if len(forms) + ranged > 1:
-        return f"{', '.join(spec)} stand side by side: give a value, values or a range"
-    if not forms and not ranged and "distribution" not in spec:
-        return "it says neither value nor values nor min and max"
-    if distribution(spec) in ("log_uniform", "q_log_uniform", "inv_log_uniform"):
-        return f"{distribution(spec)} takes exponents for limits: write {distribution(spec)}_values, with the values"
-    if distribution(spec) not in DISTRIBUTIONS:
-        return f"distribution {distribution(spec)!r} is not one of {', '.join(DISTRIBUTIONS)}"
-    found = _shape_fault(spec)
-    if "values" in spec:
-        found = found or _values_fault(spec)
-    elif ranged or (not forms and "uniform" in distribution(spec)):
-        found = found or _range_fault(spec, method)
-    return found or (_setting_fault(key.removeprefix(PREFIX), spec) if key.startswith(PREFIX) else None)
-
-
-def _setting_fault(name: str, spec: Mapping[str, Any]) -> str | None:
-    """What `CoherenceScheduler` would say to a setting's values, or to the ends of its range."""
-    if name not in _OURS:
-        return f"CoherenceScheduler has no argument {name!r}"
-    ends = [spec[side] for side in ("value", "min", "max") if side in spec]
-    for kind in (Policy, Settings):
-        if name in kind.__dataclass_fields__:
-            for value in (*ends, *spec.get("values", ())):
-                try:
-                    kind(**{name: value})
-                except (TypeError, ValueError) as error:
-                    return str(error)
-    return None
-
-
-def _shape_fault(spec: Mapping[str, Any]) -> str | None:
-    """What is wrong with the numbers that give a distribution its shape."""
-    for name in ("mu", "sigma", "q"):
-        if name in spec and not (_is_number(spec[name]) and (name == "mu" or spec[name] > 0)):
-            return f"{name} is {spec[name]!r}, not a number{' above 0' * (name != 'mu')}"
-    return None
-
-
-def _stopping_violations(stopping: Any) -> list[str]:
-    if stopping is None:
-        return []
-    if not isinstance(stopping, Mapping) or stopping.get("type") != "hyperband":
-        return [f"early_terminate: {stopping!r} is not {{type: hyperband, ...}}, the only kind that W&B has"]
-    if "min_iter" not in stopping and not {"max_iter", "s"} <= set(stopping):
-        return ["early_terminate: hyperband needs min_iter, or max_iter and s"]
-    return []
-
-
-def _values_fault(spec: Mapping[str, Any]) -> str | None:
-    values, weights = spec["values"], spec.get("probabilities")
-    if not isinstance(values, list | tuple) or not values:
-        return f"values are {values!r}: give a list of at least one"
-    if weights is not None and not (isinstance(weights, list | tuple) and all(map(_is_number, weights))):
-        return f"probabilities are {weights!r}: give a list of numbers"
-    if weights is not None and len(weights) != len(values):
-        return f"{len(values)} values have {len(weights)} probabilities"
-    if weights is not None and not math.isclose(sum(weights), 1.0, rel_tol=1e-6):
-        return f"probabilities add up to {sum(weights):g}, not to 1"
-    return None
-
-
-def _range_fault(spec: Mapping[str, Any], method: Any) -> str | None:
-    for side in ("min", "max"):
-        value = spec.get(side)
-        if value is None:
-            return f"{side} is missing"
-        if isinstance(value, str):
-            return f"{side} is the text {value!r}: YAML reads 1e-3 as text, write 1.0e-3 or 0.001"
-        if not _is_number(value):
-            return f"{side} is {value!r}, not a number"
-    low, high, kind = spec["min"], spec["max"], distribution(spec)
-    if not low < high:
-        return f"min {low!r} is not below max {high!r}"
-    if "log_uniform_values" in kind and low <= 0:
-        return f"min is {low!r}, but {kind} needs a range above 0"
-    if type(low) is not type(high):
-        return (
-            f"min {low!r} and max {high!r} are an integer and a float: write both as floats ({low!s} as {float(low)!r})"
-        )
-    if method == "grid" and kind not in ("int_uniform", "q_uniform"):
-        return f"a grid cannot go over a range of floats ({low!r} to {high!r}): give values"
-    return None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _wandbs_own(config: Mapping[str, Any]) -> list[str]:
-    """What W&B's own package says, nothing where it is not installed."""
-    if importlib.util.find_spec("sweeps") is None:
-        return []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import sweeps
-
-        # Never SweepConfig(config) or next_run(validate=True): both drop nested parameters.
-        said = sweeps.schema_violations_from_proposed_config(json.loads(json.dumps(dict(config))))
-    return list(dict.fromkeys(str(sentence) for sentence in said))
 
 
 def arguments(config: Any) -> dict[str, Any]:
@@ -325,7 +148,7 @@ def arguments(config: Any) -> dict[str, Any]:
     nested = given.get(PREFIX.rstrip("."))
     settings |= dict(nested) if isinstance(nested, Mapping) else {}
     for name in settings:
-        if name not in _OURS:
+        if name not in SETTINGS:
             raise ValueError(f"CoherenceScheduler has no argument {name!r} ({PREFIX}{name} in the sweep's config)")
     return {name: value for name, value in settings.items() if value is not None}
 
@@ -335,19 +158,24 @@ def load_config(path: str | Path) -> dict[str, Any]:
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: It is not YAML, or W&B would reject it.
+        ValueError: It is not YAML (or JSON, or text), or W&B would reject it.
         ImportError: PyYAML is needed, and missing.
     """
-    text = Path(path).read_text(encoding="utf-8")
+    data = Path(path).read_bytes()
     if Path(path).suffix == ".json":
-        config = json.loads(text)
+        try:
+            config = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
     else:
         import yaml
 
         try:
-            config = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            config = yaml.safe_load(data)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2024-13-01 is a ValueError
             raise ValueError(f"{path} is not YAML: {error}") from error
+    if config is None:
+        raise ValueError(f"{path} is empty: write method and parameters, or make one: safe-lr sweep init")
     found = violations(config)
     if found:
         raise ValueError(f"{path} would be rejected: " + "; ".join(found))

@@ -45,6 +45,17 @@ def load_function(target: str) -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]
 
 
+def switches(params: Mapping[str, Any]) -> list[str]:
+    """Returns a run's parameters as arguments, as `${args_no_boolean_flags}` writes them.
+
+    Example:
+        >>> switches({"lr": 0.1, "safe_lr.follow_limit": True, "verbose": False})
+        ['--lr=0.1', '--safe_lr.follow_limit']
+    """
+    shown = {key: value for key, value in params.items() if value is not False}
+    return [f"--{key}" if value is True else f"--{key}={value}" for key, value in shown.items()]
+
+
 def command_line(config: Mapping[str, Any], params: Mapping[str, Any]) -> list[str]:
     """Returns the command that a W&B agent would start for these parameters.
 
@@ -61,12 +72,10 @@ def command_line(config: Mapping[str, Any], params: Mapping[str, Any]) -> list[s
         ['train.py', '--lr=0.1', '--safe_lr.follow_limit']
     """
     words: list[str] = []
-    shown = {key: value for key, value in params.items() if value is not False}
-    switches = [f"--{key}" if value is True else f"--{key}={value}" for key, value in shown.items()]
     macros: dict[str, Sequence[str]] = {
         "${env}": [],  # /usr/bin/env: the interpreter below is named by its path
         "${interpreter}": [sys.executable],
-        "${args_no_boolean_flags}": switches,
+        "${args_no_boolean_flags}": switches(params),
         "${args}": [f"--{key}={value}" for key, value in params.items()],
         "${args_no_hyphens}": [f"{key}={value}" for key, value in params.items()],
         "${args_no_equals}": [word for key, value in params.items() for word in (f"--{key}", str(value))],

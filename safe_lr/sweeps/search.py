@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
 from safe_lr.loggers import is_stop_request
-from safe_lr.sweeps.config import check
+from safe_lr.sweeps.checks import check, wandbs_search
 from safe_lr.sweeps.pruning import PRUNED
 from safe_lr.sweeps.spaces import Choice, space
 
@@ -81,7 +81,7 @@ def search(
         seed: Makes the search repeatable.
         engine: `sweeps` (W&B's own search), `optuna`, `built-in` (random or grid; bayes then is random), or `auto`: the
             first of them that is installed.
-        log_path: A file of JSON lines, one a trial, written as they end.
+        log_path: A file of JSON lines, one a trial, written as they end. A full disk costs one warning.
         told: Called with each trial as it ends.
 
     Returns:
@@ -114,9 +114,8 @@ def search(
             trial = _run(train, len(trials), params, metric)
             asked.tell(trial)
             trials.append(trial)
-            if file is not None:
-                file.write(json.dumps(asdict(trial), default=str) + "\n")
-                file.flush()
+            if file is not None and not _written(file, trial):
+                file = None
             if told is not None:
                 told(trial)
     return trials
@@ -145,11 +144,21 @@ def _run(train: Train, number: int, params: dict[str, Any], metric: str) -> Tria
 
 
 @contextmanager
-def _lines(path: str | Path | None) -> Iterator[IO[str] | None]:
+def _lines(path: str | Path | None) -> Iterator[IO[bytes] | None]:
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with nullcontext() if path is None else open(path, "w", encoding="utf-8") as file:
+    with nullcontext() if path is None else open(path, "wb", buffering=0) as file:  # closing has nothing left to write
         yield file
+
+
+def _written(file: IO[bytes], trial: Trial) -> bool:
+    """Writes a line; a full disk costs one warning, and not the trials to come."""
+    try:
+        file.write(json.dumps(asdict(trial), default=str).encode() + b"\n")
+    except OSError as error:
+        warnings.warn(f"{file.name}: {error.strerror}: the search goes on, no more trials are written", stacklevel=3)
+        return False
+    return True
 
 
 # ---- who proposes
@@ -176,10 +185,18 @@ def make_engine(config: Mapping[str, Any], engine: str, seed: int) -> Engine:
     """
     if engine not in ENGINES:
         raise ValueError(f"engine={engine!r} is not one of {', '.join(ENGINES)}")
-    for name, made in (("sweeps", _Sweeps), ("optuna", _Optuna)):
-        installed = importlib.util.find_spec(name) is not None
+    if config["method"] == "custom" or "parameters" not in config:
+        raise ValueError(
+            "method: custom is for a scheduler of your own under W&B; a local search is bayes, random or grid"
+        )
+    for name, made, installed, line in (
+        ("sweeps", _Sweeps, wandbs_search() is not None, "safe_lr[search]' && pip install --no-deps 'sweeps>=0.3"),
+        ("optuna", _Optuna, importlib.util.find_spec("optuna") is not None, "optuna"),
+    ):
         if engine == name and not installed:
-            raise ImportError(f"engine={engine!r} needs the package {name!r}: install it, or take engine='built-in'")
+            raise ImportError(
+                f"engine={engine!r} needs the package {name!r}: pip install '{line}', or take engine='built-in'"
+            )
         if engine == name or (engine == "auto" and installed):
             return made(config, seed)
     return _BuiltIn(config, seed)
@@ -210,10 +227,11 @@ def _grid_points(spaces: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         if isinstance(choice, Choice):
             axes.append(choice.values)
         elif choice.integer or choice.step is not None:
+            # As W&B does it: integers to the end, steps without the end.
             step = choice.step or 1
-            count = int((choice.high - choice.low) / step + 1e-9) + 1
+            count = math.ceil((choice.high + choice.integer - choice.low) / step)
             points = [choice.low + step * index for index in range(count)]
-            axes.append(tuple(map(round, points)) if choice.integer else tuple(points))
+            axes.append(tuple(map(round if isinstance(step, int) else float, points)))
         else:
             raise ValueError(f"parameters.{key}: a grid cannot go over a range of floats: give values")
     return (dict(zip(spaces, point, strict=True)) for point in itertools.product(*axes))

@@ -19,18 +19,25 @@ _RANGES = {
 LOCAL = ("constant", "categorical", "categorical_w_probabilities", *_RANGES)
 """The distributions that a local search can draw from."""
 
-DISTRIBUTIONS = (
-    *LOCAL,
-    *(
-        "inv_log_uniform_values",
-        "normal",
-        "q_normal",
-        "log_normal",
-        "q_log_normal",
-        "beta",
-        "q_beta",
-    ),
-)
+_ENDS = ("min", "max")
+FORMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    # distribution: the keys that it needs, those that it may have
+    "constant": (("value",), ()),
+    "categorical": (("values",), ()),
+    "categorical_w_probabilities": (("values", "probabilities"), ()),
+    "uniform": (_ENDS, ()),
+    "q_uniform": (_ENDS, ("q",)),
+    "int_uniform": (_ENDS, ()),
+    "log_uniform_values": (_ENDS, ()),
+    "q_log_uniform_values": (_ENDS, ("q",)),
+    "inv_log_uniform_values": (_ENDS, ()),
+    "normal": ((), ("mu", "sigma")),
+    "q_normal": ((), ("mu", "sigma", "q")),
+    "log_normal": ((), ("mu", "sigma")),
+    "q_log_normal": ((), ("mu", "sigma", "q")),
+    "beta": ((), ("a", "b")),
+    "q_beta": ((), ("a", "b", "q")),
+}
 """Those that W&B takes. It knows log_uniform, with exponents for limits, too, and says that it is not to be used."""
 
 
@@ -59,7 +66,7 @@ class Interval:
         low, high: The ends.
         log: Whether equal ratios, not equal distances, are equally likely.
         integer: Whether only integers count.
-        step: Distance of the values that count, None for all.
+        step: Distance of the values that count, None for all. Where it is an integer, so are they.
 
     Example:
         >>> 0.01 <= Interval(0.01, 1.0, log=True).draw(random.Random(0)) <= 1.0
@@ -88,7 +95,8 @@ class Interval:
         """Returns the value on the grid of `step`, inside the interval."""
         if self.step is not None:
             value = round(value / self.step) * self.step
-        return min(max(value, self.low), self.high)
+        value = min(max(value, self.low), self.high)
+        return int(value) if isinstance(self.step, int) and value == int(value) else value
 
 
 def distribution(spec: Mapping[str, Any]) -> str:
@@ -135,6 +143,5 @@ def space(name: str, spec: Mapping[str, Any]) -> Choice | Interval:
     if kind not in _RANGES:
         raise ValueError(f"parameters.{name}: a local search cannot draw from {kind!r}: use one of {', '.join(LOCAL)}")
     log, integer = _RANGES[kind]
-    return Interval(
-        float(spec["min"]), float(spec["max"]), log, integer, float(spec.get("q", 1)) if kind.startswith("q_") else None
-    )
+    step = spec.get("q", 1.0) if kind.startswith("q_") else None
+    return Interval(float(spec["min"]), float(spec["max"]), log, integer, step)
