@@ -28,8 +28,9 @@ from benchmarks.curvature import TOL, truth
 from benchmarks.networks import TASKS, Point
 from benchmarks.results import command_line, markdown, save
 from safe_lr.closures import leave_no_trace
+from safe_lr.deflation import several
 from safe_lr.eigenproblem import COLD_MATVECS
-from safe_lr.lanczos import Matvec, lanczos, several, start_vector
+from safe_lr.lanczos import Matvec, lanczos, start_vector
 from safe_lr.operators import exact_hessian
 from safe_lr.preconditioners import Adam
 

@@ -9,8 +9,9 @@ from typing import Any
 from safe_lr.advice import Course, advise
 from safe_lr.decisions import Action, Decision, Summary
 from safe_lr.measurement import NOT_DETERMINISTIC, Measurement
+from safe_lr.norms import NormTrend
 from safe_lr.operators import DIFFERENCES
-from safe_lr.policies import NormTrend, Trial
+from safe_lr.policies import Trial
 
 SUMMED = 1.9
 """From this ratio of training gradient to the closure's own on, several backward passes have probably been added up."""

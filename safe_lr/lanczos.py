@@ -1,10 +1,10 @@
-"""Lanczos' method on a symmetric operator that is known only by its products: the top, several, or all in outline."""
+"""Lanczos' method on a symmetric operator that is known only by its products: the top, both ends, or all in outline."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -150,13 +150,13 @@ def _ends(
     overwrite_v0: bool,
 ) -> list[EigenEstimate]:
     """The Ritz pairs at the ends, counted as in a list of rising values: -1 the largest, 0 the smallest."""
-    basis = [_unit(v0, overwrite_v0)]
+    basis = [unit(v0, overwrite_v0)]
     least = 1 + len(ends)
     if max_basis is not None and not (isinstance(max_basis, int) and max_basis >= least):
         raise ValueError(f"max_basis must be an integer of at least {least}, or None for no bound; got {max_basis!r}")
-    projected, num_matvecs, n, info = _Projected(), 0, basis[0].numel(), torch.finfo(basis[0].dtype)
+    projected, num_matvecs, n, info = Projected(), 0, basis[0].numel(), torch.finfo(basis[0].dtype)
     while True:
-        w, a, b = _expand(matvec, basis)
+        w, a, b = expand(matvec, basis)
         num_matvecs += 1
         if not (math.isfinite(a) and math.isfinite(b)):
             return [EigenEstimate(math.nan, math.inf, basis[0], False, num_matvecs)] * len(ends)
@@ -174,8 +174,8 @@ def _ends(
         if len(basis) == max_basis:
             low = max(1, max_basis // 4) if 0 in ends else 0
             kept = [*range(low), *range(-max(1, max_basis // 2 - low), 0)]
-            _mix(basis, vectors[:, kept])
-            projected = _Projected(values[kept].tolist(), [], b * vectors[-1, kept])
+            mix(basis, vectors[:, kept])
+            projected = Projected(values[kept].tolist(), [], b * vectors[-1, kept])
         else:
             projected.betas.append(b)
         basis.append(w.div_(b))
@@ -184,130 +184,9 @@ def _ends(
     enough = exhausted or num_matvecs >= min_matvecs
     found = zip(ends, residuals, good, strict=True)
     return [
-        EigenEstimate(float(values[e]), r, _combined(basis, vectors[:, e]), bool(known and enough), num_matvecs)
+        EigenEstimate(float(values[e]), r, combined(basis, vectors[:, e]), bool(known and enough), num_matvecs)
         for e, r, known in found
     ]
-
-
-def several(
-    matvec: Matvec, v0: Tensor, k: int, *, tol: float = 1e-3, max_matvecs: int = 500, seed: int = 0
-) -> list[EigenEstimate]:
-    """Estimates the k largest algebraic eigenvalues, each as often as it is repeated.
-
-    A Krylov space never holds more than one eigenvector of a repeated eigenvalue. So once k pairs have converged, the
-    same is run from a random vector orthogonal to them, until what it finds lies below the k-th, but for log(n)
-    products at least: then, very likely, nothing was missed. If it lies above, it takes its place among them and the
-    search goes on. (A block of k vectors finds repeated eigenvalues as well, but took up to twice the products on a
-    network's Hessian: docs/performance.md.)
-
-    Args:
-        matvec: v -> A v on vectors of shape (n,).
-        v0: Start vector, shape (n,), with a random part: see `start_vector`.
-        k: How many, n at most.
-        tol: Stops at residuals of `tol * max(|value|, tol * |A|)`: an eigenvalue of nearly zero is known to tol^2 of
-            the operator's norm.
-        max_matvecs: Largest number of products, 2 k at least; also of vectors kept.
-        seed: Of the random vectors that the later searches start from.
-
-    Returns:
-        k estimates, the largest eigenvalue first; `num_matvecs` of each counts all products. Values are NaN where a
-        product was not finite. Where `max_matvecs` came first, a repeated one may be missing.
-
-    Raises:
-        ValueError: k or `max_matvecs` is out of range; v0 is not a vector, or is zero or not finite.
-
-    Example:
-        >>> diagonal = torch.tensor([3.0, 3.0, -7.0, 1.0], dtype=torch.float64)     # 3 twice
-        >>> [round(pair.value, 9) for pair in several(lambda v: diagonal * v, torch.ones_like(diagonal), k=3)]
-        [3.0, 3.0, 1.0]
-
-    References:
-        Parlett 1998, "The symmetric eigenvalue problem", ch. 13.
-    """
-    if not 1 <= k <= v0.numel():
-        raise ValueError(f"k must lie between 1 and the number of dimensions, {v0.numel()}; got {k!r}")
-    if max_matvecs < 2 * k:
-        raise ValueError(f"max_matvecs must be at least 2 k = {2 * k}, got {max_matvecs!r}")
-    found: list[EigenEstimate] = []  # the largest first
-    spent, norm, start, searches = 0, 0.0, v0, 0
-    while True:
-        missing, locked = k - len(found), [pair.vector for pair in found]
-        bar = -math.inf if missing else found[-1].value
-        budget = max_matvecs - spent - (max(missing, 1) if found else 0)  # a later find takes a product to check
-        if budget < 1:
-            break
-        pairs, norm = _search(matvec, start, max(missing, 1), locked, bar, norm, tol, budget)
-        spent += pairs[0].num_matvecs
-        if not math.isfinite(pairs[0].value):
-            return [replace(pairs[0], num_matvecs=spent)] * k
-        if not missing and pairs[0].value <= bar + tol * max(abs(bar), tol * norm):
-            break
-        if found:
-            pairs = [_checked(matvec, pair, norm, tol) for pair in pairs]
-            spent += len(pairs)
-        found = sorted([*found, *pairs], key=lambda pair: -pair.value)[:k]
-        if k == 1 or len(found) == v0.numel():
-            break
-        searches += 1
-        start = start_vector(v0, seed + searches)
-    return [replace(pair, num_matvecs=spent) for pair in found]
-
-
-def _search(
-    matvec: Matvec,
-    start: Tensor,
-    wanted: int,
-    locked: Sequence[Tensor],
-    bar: float,
-    norm: float,
-    tol: float,
-    max_matvecs: int,
-) -> tuple[list[EigenEstimate], float]:
-    """The wanted largest eigenpairs of A on what is orthogonal to the locked vectors; fewer where that is exhausted.
-
-    Gives up where the largest lies below the bar. The norm is the largest magnitude of an eigenvalue met so far.
-    """
-    basis, projected, eps = (
-        [_unit(_without(locked, _without(locked, start.clone())))],
-        _Projected(),
-        torch.finfo(start.dtype).eps,
-    )
-    sure = max(3, math.ceil(math.log(start.numel())))  # a random start hides what it misses by 1 / sqrt(n) at first
-    while True:
-        w, a, b = _expand(matvec, basis, locked)
-        if not (math.isfinite(a) and math.isfinite(b)):
-            return [EigenEstimate(math.nan, math.inf, basis[0], False, len(basis))], norm
-        projected.alphas.append(a)
-        values, vectors = projected.ritz()
-        values, vectors = values[::-1], vectors[:, ::-1]
-        norm = max(norm, float(np.abs(values).max()), torch.finfo(start.dtype).tiny)
-        residuals = b * np.abs(vectors[-1])
-        exhausted = b <= 10 * eps * norm or len(basis) + len(locked) == start.numel()
-        if exhausted:
-            residuals = np.minimum(residuals, 10 * eps * norm)
-        good = ((residuals <= tol * np.maximum(np.abs(values), tol * norm)) | exhausted)[:wanted]
-        below = values[0] + residuals[0] <= bar and len(basis) >= sure
-        done = len(good) == wanted and good.all() and len(basis) >= 3  # a fortunate start may look converged before
-        if exhausted or done or below or len(basis) >= max_matvecs:
-            break
-        projected.betas.append(b)
-        basis.append(w.div_(b))
-    pairs = [
-        EigenEstimate(float(values[i]), float(residuals[i]), _combined(basis, vectors[:, i]), bool(known), len(basis))
-        for i, known in enumerate(good)
-    ]
-    return pairs, norm
-
-
-def _checked(matvec: Matvec, pair: EigenEstimate, norm: float, tol: float) -> EigenEstimate:
-    """The pair with its residual under A itself: the search had left out the locked vectors' part."""
-    w = matvec(pair.vector)
-    value = float(torch.dot(pair.vector, w))
-    residual = float(torch.linalg.vector_norm(w - value * pair.vector))
-    floor = 10 * torch.finfo(w.dtype).eps * norm
-    return replace(
-        pair, value=value, residual=residual, converged=residual <= max(tol * max(abs(value), tol * norm), floor)
-    )
 
 
 def quadrature(matvec: Matvec, v0: Tensor, num_matvecs: int) -> tuple[Array, Array]:
@@ -336,10 +215,10 @@ def quadrature(matvec: Matvec, v0: Tensor, num_matvecs: int) -> tuple[Array, Arr
     References:
         Golub & Meurant 1994, "Matrices, moments and quadrature"; Ubaru, Chen & Saad 2017.
     """
-    basis, projected = [_unit(v0)], _Projected()
+    basis, projected = [unit(v0)], Projected()
     largest, eps = 0.0, torch.finfo(v0.dtype).eps
     while True:
-        w, a, b = _expand(matvec, basis)
+        w, a, b = expand(matvec, basis)
         if not (math.isfinite(a) and math.isfinite(b)):
             return np.array([math.nan]), np.array([1.0])
         projected.alphas.append(a)
@@ -350,70 +229,6 @@ def quadrature(matvec: Matvec, v0: Tensor, num_matvecs: int) -> tuple[Array, Arr
         basis.append(w.div_(b))
     nodes, vectors = projected.ritz()
     return nodes, vectors[0] ** 2
-
-
-@dataclass
-class _Projected:
-    """A on the basis: tridiagonal, save that after a restart the kept Ritz vectors all meet the next one, an arrow."""
-
-    alphas: list[float] = field(default_factory=list)
-    betas: list[float] = field(default_factory=list)
-    arrow: Array = field(default_factory=lambda: np.zeros(0))
-
-    def ritz(self) -> tuple[Array, Array]:
-        """Eigenvalues, rising, and eigenvectors."""
-        kept = len(self.arrow)
-        if not kept:
-            values, vectors = scipy.linalg.eigh_tridiagonal(np.array(self.alphas), np.array(self.betas))
-            return values, vectors
-        matrix = np.diag(self.alphas)
-        matrix[kept, :kept] = self.arrow
-        for i, beta in enumerate(self.betas, start=kept):
-            matrix[i + 1, i] = beta
-        return np.linalg.eigh(matrix)  # it reads the lower half
-
-
-def _unit(v0: Tensor, overwrite: bool = False) -> Tensor:
-    norm = float(torch.linalg.vector_norm(v0)) if v0.ndim == 1 else math.nan
-    if not (math.isfinite(norm) and norm > 0):
-        raise ValueError(f"v0 must be a finite, non-zero vector, got shape {tuple(v0.shape)} and norm {norm:g}")
-    return v0.div_(norm) if overwrite else v0 / norm
-
-
-def _expand(matvec: Matvec, basis: Sequence[Tensor], locked: Sequence[Tensor] = ()) -> tuple[Tensor, float, float]:
-    """A times the last basis vector, less its part in the basis; T's next alpha and beta. One synchronisation."""
-    w = matvec(basis[-1])
-    if w.untyped_storage().data_ptr() == basis[-1].untyped_storage().data_ptr():
-        w = w.clone()  # ours to change: a matvec may return its argument
-    alpha = torch.dot(w, basis[-1])
-    _without(basis[-2:], w)  # all that there is of A's, but for rounding and right after a restart
-    _without([*locked, *basis], w)
-    a, b = torch.stack([alpha, torch.linalg.vector_norm(w)]).double().tolist()
-    return w, a, b
-
-
-def _without(basis: Sequence[Tensor], w: Tensor) -> Tensor:
-    """Takes the basis out of w, in place."""
-    for q in basis:
-        w.addcmul_(q, torch.dot(q, w), value=-1)
-    return w
-
-
-def _combined(basis: Sequence[Tensor], weights: Array) -> Tensor:
-    vector = torch.zeros_like(basis[0])
-    for q, weight in zip(basis, weights, strict=True):
-        vector.add_(q, alpha=float(weight))
-    return vector
-
-
-def _mix(basis: list[Tensor], weights: Array) -> None:
-    """Makes the basis the combinations that the columns of weights tell: in place, a slice at a time."""
-    mix = torch.as_tensor(np.ascontiguousarray(weights.T)).to(basis[0])
-    for start in range(0, basis[0].numel(), SLICE):
-        part = slice(start, start + SLICE)
-        for q, mixed in zip(basis, mix @ torch.stack([q[part] for q in basis]), strict=False):
-            q[part] = mixed
-    del basis[len(mix) :]
 
 
 def start_vector(like: Tensor, seed: int, direction: Tensor | None = None, *, random: float = 1.0) -> Tensor:
@@ -448,3 +263,117 @@ def start_vector(like: Tensor, seed: int, direction: Tensor | None = None, *, ra
             vector.add_(direction, alpha=1 / (random * norm))
             vector /= torch.linalg.vector_norm(vector)
     return vector
+
+
+# ---- the arithmetic of Krylov spaces
+
+
+@dataclass
+class Projected:
+    """A on the basis: tridiagonal, save that after a restart the kept Ritz vectors all meet the next one, an arrow.
+
+    Attributes:
+        alphas: The diagonal.
+        betas: Beside it, from the arrow's tip on.
+        arrow: What the kept Ritz vectors have in common with the first vector after them.
+
+    Example:
+        >>> values, _ = Projected([2.0, 2.0], [1.0]).ritz()
+        >>> values.round(9).tolist()
+        [1.0, 3.0]
+    """
+
+    alphas: list[float] = field(default_factory=list)
+    betas: list[float] = field(default_factory=list)
+    arrow: Array = field(default_factory=lambda: np.zeros(0))
+
+    def ritz(self) -> tuple[Array, Array]:
+        """Returns the eigenvalues, rising, and the eigenvectors, as columns."""
+        kept = len(self.arrow)
+        if not kept:
+            values, vectors = scipy.linalg.eigh_tridiagonal(np.array(self.alphas), np.array(self.betas))
+            return values, vectors
+        matrix = np.diag(self.alphas)
+        matrix[kept, :kept] = self.arrow
+        for i, beta in enumerate(self.betas, start=kept):
+            matrix[i + 1, i] = beta
+        return np.linalg.eigh(matrix)  # it reads the lower half
+
+
+def unit(v0: Tensor, overwrite: bool = False) -> Tensor:
+    """Returns a start vector at unit norm, in place with `overwrite`.
+
+    Raises:
+        ValueError: It is no vector, or zero or not finite.
+
+    Example:
+        >>> unit(torch.tensor([3.0, 4.0]))
+        tensor([0.6000, 0.8000])
+    """
+    norm = float(torch.linalg.vector_norm(v0)) if v0.ndim == 1 else math.nan
+    if not (math.isfinite(norm) and norm > 0):
+        raise ValueError(f"v0 must be a finite, non-zero vector, got shape {tuple(v0.shape)} and norm {norm:g}")
+    return v0.div_(norm) if overwrite else v0 / norm
+
+
+def expand(matvec: Matvec, basis: Sequence[Tensor], locked: Sequence[Tensor] = ()) -> tuple[Tensor, float, float]:
+    """Returns A times the last basis vector, less its part in the basis, and T's next alpha and beta.
+
+    One host synchronisation. `locked` are vectors beside the basis that are to have no part in it either.
+
+    Example:
+        >>> diagonal = torch.tensor([1.0, 3.0], dtype=torch.float64)
+        >>> w, alpha, beta = expand(lambda v: diagonal * v, [unit(torch.ones(2, dtype=torch.float64))])
+        >>> round(alpha, 9), round(beta, 9)
+        (2.0, 1.0)
+    """
+    w = matvec(basis[-1])
+    if w.untyped_storage().data_ptr() == basis[-1].untyped_storage().data_ptr():
+        w = w.clone()  # ours to change: a matvec may return its argument
+    alpha = torch.dot(w, basis[-1])
+    without(basis[-2:], w)  # all that there is of A's, but for rounding and right after a restart
+    without([*locked, *basis], w)
+    a, b = torch.stack([alpha, torch.linalg.vector_norm(w)]).double().tolist()
+    return w, a, b
+
+
+def without(basis: Sequence[Tensor], w: Tensor) -> Tensor:
+    """Takes an orthonormal basis out of w, in place, and returns w.
+
+    Example:
+        >>> without([torch.tensor([1.0, 0.0])], torch.tensor([2.0, 5.0]))
+        tensor([0., 5.])
+    """
+    for q in basis:
+        w.addcmul_(q, torch.dot(q, w), value=-1)
+    return w
+
+
+def combined(basis: Sequence[Tensor], weights: Array) -> Tensor:
+    """Returns the combination of the basis that the weights tell.
+
+    Example:
+        >>> combined([torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])], np.array([2.0, 3.0]))
+        tensor([2., 3.])
+    """
+    vector = torch.zeros_like(basis[0])
+    for q, weight in zip(basis, weights, strict=True):
+        vector.add_(q, alpha=float(weight))
+    return vector
+
+
+def mix(basis: list[Tensor], weights: Array) -> None:
+    """Makes the basis the combinations that the columns of weights tell: in place, a slice at a time.
+
+    Example:
+        >>> basis = [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])]
+        >>> mix(basis, np.array([[0.6], [0.8]]))
+        >>> basis
+        [tensor([0.6000, 0.8000])]
+    """
+    turn = torch.as_tensor(np.ascontiguousarray(weights.T)).to(basis[0])
+    for start in range(0, basis[0].numel(), SLICE):
+        part = slice(start, start + SLICE)
+        for q, mixed in zip(basis, turn @ torch.stack([q[part] for q in basis]), strict=False):
+            q[part] = mixed
+    del basis[len(turn) :]

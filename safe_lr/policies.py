@@ -1,7 +1,7 @@
 """From a measurement to a learning rate: pure functions of numbers.
 
 The rule is `lr = min(desired lr, cap)` with `cap = margin * lr_limit`. The functions here say how the cap follows the
-limit, how the margin learns, when to measure, and when something looks wrong. They hold no state and see no tensor.
+limit, how the margin learns, and when to measure. They hold no state and see no tensor.
 """
 
 from __future__ import annotations
@@ -104,25 +104,6 @@ LONGEST_GAP = 10**9
 
 TRIAL_PART = 0.25
 """Part of the budget that trial steps between measurements may take; the rest keeps the limit itself fresh."""
-
-WANDERED = 3.0
-"""A measurement is due early where gradient norms, as running means of some 20 updates, have become this many times
-larger or smaller since the last one: cadence thins out with age, and P, and gamma with it, will follow them. On the
-stream of benchmarks/spikes.py losses fell thirtyfold between two measurements; gamma rose beyond the margin's reach,
-and the loss went up ten-thousandfold over hundreds of updates of which none looked wrong beside the one before. 24
-runs, two lrs: .6 spikes a run with 3, 1.8 with 5, some 4 without."""
-
-ALARM_AFTER = 10
-"""Gradient norms to have seen before one can look wrong."""
-
-ALARM_MEMORY = 0.95
-"""Decay of the running mean and variance of log gradient norms: the last ~20 updates."""
-
-ALARM_DEVIATIONS = 4.0
-"""How many standard deviations above the mean log norm is wrong, and at least ..."""
-
-ALARM_FACTOR = 3.0
-"""... this many times the (geometric) mean norm: a steady run has deviations too small to mean anything."""
 
 
 @dataclass(frozen=True)
@@ -422,69 +403,3 @@ def affordable(policy: Policy, *, updates: int, spent: float, alarm: bool) -> fl
     """
     credit = policy.credit if alarm else (1 - RESERVE) * policy.credit
     return credit + (policy.max_overhead * updates if updates else 0.0) - spent
-
-
-@dataclass(frozen=True)
-class NormTrend:
-    """Running mean and variance of log gradient norms: what a usual gradient looks like.
-
-    Attributes:
-        mean: Mean of log norms.
-        variance: Their variance.
-        count: Norms seen.
-    """
-
-    mean: float = 0.0
-    variance: float = 0.0
-    count: int = 0
-
-    @property
-    def known(self) -> float | None:
-        """The mean log norm, None before ALARM_AFTER of them were seen."""
-        return self.mean if self.count >= ALARM_AFTER else None
-
-    def alarming(self, norm: float) -> bool:
-        """Whether a gradient norm is out of all proportion, or not finite."""
-        if not math.isfinite(norm):
-            return True
-        if self.count < ALARM_AFTER or norm <= 0:
-            return False
-        return math.log(norm) > self.mean + max(ALARM_DEVIATIONS * math.sqrt(self.variance), math.log(ALARM_FACTOR))
-
-    def wandered(self, then: float | None) -> bool:
-        """Whether gradient norms are out of proportion to those of another time, and by more than they scatter.
-
-        A few odd gradients move the mean less than they widen the scatter; norms that stay at a new level move it by
-        more after 14 updates.
-
-        Args:
-            then: The trend's mean at that time; None where it was not known, which nothing is out of proportion to.
-
-        Example:
-            >>> trend = NormTrend(mean=math.log(6.0), count=20)
-            >>> [trend.wandered(math.log(norm)) for norm in (1.0, 3.0, 40.0)], trend.wandered(None)
-            ([True, False, True], False)
-            >>> trend.after(1e-12).wandered(trend.mean)
-            False
-        """
-        if then is None or self.known is None:
-            return False
-        return abs(self.known - then) > max(math.log(WANDERED), math.sqrt(self.variance))
-
-    def after(self, norm: float) -> NormTrend:
-        """Returns the trend with one more norm in it.
-
-        Example:
-            >>> trend = NormTrend()
-            >>> for _ in range(20):
-            ...     trend = trend.after(1.0)
-            >>> trend.alarming(2.0), trend.alarming(4.0)
-            (False, True)
-        """
-        if not math.isfinite(norm) or norm <= 0:
-            return self
-        keep = min(ALARM_MEMORY, self.count / (self.count + 1))
-        deviation = math.log(norm) - self.mean
-        return NormTrend(
-            self.mean + (1 - keep) * deviation, keep * (self.variance + (1 - keep) * deviation**2), self.count + 1
-        )

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from safe_lr.policies import ALARM_AFTER, ALARM_FACTOR, NormTrend
+from safe_lr.norms import ALARM_AFTER, ALARM_FACTOR, NormTrend
 
 MOST = 5
 """Rewinds without healthy progress between them that `rewind=True` allows: by then lr is cut eightfold."""

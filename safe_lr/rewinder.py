@@ -17,7 +17,7 @@ from safe_lr import processes
 from safe_lr.closures import Closure, Untouched, leave_no_trace, modules_in
 from safe_lr.controller import Controller
 from safe_lr.ensemble import Ensemble
-from safe_lr.policies import ALARM_AFTER
+from safe_lr.norms import ALARM_AFTER
 from safe_lr.rates import Rates
 from safe_lr.rewind import (
     DROPS,

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from safe_lr.closures import leave_no_trace
+from safe_lr.deflation import several
 from safe_lr.ensemble import Ensemble
-from safe_lr.lanczos import Array, EigenEstimate, Matvec, quadrature, several, start_vector
+from safe_lr.lanczos import Array, EigenEstimate, Matvec, quadrature, start_vector
 from safe_lr.movers import MeasurementFailed, Mover, ascends, movers, shares
 from safe_lr.objective import Closures, Objective, as_list
 from safe_lr.operators import CURVATURES, DIFFERENCES, Curvature

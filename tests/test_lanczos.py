@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.vectors import TO, block
+from safe_lr.deflation import several
 from safe_lr.eigenproblem import WARM_MATVECS, WARM_RANDOM
-from safe_lr.lanczos import both_ends, lanczos, quadrature, several, start_vector
+from safe_lr.lanczos import both_ends, lanczos, quadrature, start_vector
 
 
 def with_spectrum(eigenvalues: Tensor, seed: int = 0) -> Tensor:

@@ -53,9 +53,11 @@ ORDER = (
     "closures",
     "preconditioners",
     "differences",
+    "deflation",
     "lanczos",
     "stability",
     "rewind",
+    "norms",
     "policies",
     "tuning",
     "advice",
@@ -63,7 +65,7 @@ ORDER = (
 )
 
 # Pure functions of numbers, tensors and matvecs: they know nothing of ours but what a decision is.
-PURE = ("lanczos", "stability", "policies", "tuning", "advice", "decisions")
+PURE = ("lanczos", "stability", "norms", "policies", "tuning", "advice", "decisions")
 
 # What shows and tells; only the stateful modules and the command may know of it.
 OUTPUT = {"loggers", "comparison", "report", "plots"}

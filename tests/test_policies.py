@@ -10,6 +10,7 @@ import pytest
 
 from safe_lr.controller import Controller
 from safe_lr.measurement import Measurement
+from safe_lr.norms import NormTrend
 from safe_lr.policies import (
     CATCH_UP,
     FREE_UPDATES,
@@ -27,7 +28,6 @@ from safe_lr.policies import (
     TRIAL_GAP,
     TRIAL_PART,
     UNAVERAGED,
-    NormTrend,
     Policy,
     Trial,
     affordable,

@@ -23,7 +23,8 @@ from safe_lr.accounts import State
 from safe_lr.controller import Controller
 from safe_lr.ensemble import Ensemble
 from safe_lr.measurement import Measurement
-from safe_lr.policies import NormTrend, Policy
+from safe_lr.norms import NormTrend
+from safe_lr.policies import Policy
 from safe_lr.rewind import DROPS, EVERY, MOST, Losses, Signs, Trouble, judge, outlying
 from safe_lr.rewinder import Rewinder
 from tests.cases import CASES, Case
