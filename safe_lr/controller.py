@@ -57,7 +57,6 @@ class Controller:
 
     Attributes:
         state: What a resumed run must remember.
-        early: Whether the coming update is to measure before its time.
 
     Example:
         >>> controller = Controller(Policy(margin=0.5), least_cost=8.0)
@@ -84,7 +83,7 @@ class Controller:
             policy = replace(policy, margin_max=min(policy.margin_max, MARGIN_SEARCHED))
         self.policy, self.least_cost = policy, least_cost
         self.momentum, self.adaptive, self.follows_gradients = momentum, adaptive, follows_gradients
-        self.searched, self.tolerance, self.early = searched, tolerance, False
+        self.searched, self.tolerance = searched, tolerance
         margin = policy.margin_at(MULTIPLE_START, 1.0, young=True)
         self.state = State(MULTIPLE_START, margin, expected_cost=least_cost)
 
@@ -118,10 +117,15 @@ class Controller:
 
     # ---- when
 
-    def due(self, *, alarm: bool = False) -> bool:
-        """Whether the coming update is to measure, in time and in cost. An alarm needs no more than the least cost."""
+    def due(self, *, alarm: bool = False, early: bool = False) -> bool:
+        """Whether the coming update is to measure, in time and in cost. An alarm needs no more than the least cost.
+
+        Args:
+            alarm: Whether something looks wrong.
+            early: Whether the last measurement was of another time; one that failed has its own time to be tried again.
+        """
         state = self.state
-        if not (alarm or self.early or state.updates >= state.due_at):
+        if not (alarm or (early and not state.retry) or state.updates >= state.due_at):
             return False
         return self.affordable(alarm=alarm) >= (self.least_cost if alarm else state.expected_cost)
 
@@ -177,26 +181,19 @@ class Controller:
     def in_force(self, measured: float) -> float:
         """Returns the limit to act on: the measured one; with a learned margin the median of the newest ones.
 
-        A young run's limits have no vote, and the newest counts alone as long as there is none. One that comes early
-        is of another time than those before, which then have one vote together.
+        A young run's limits have no vote, and the newest counts alone as long as there is none.
         """
         flip = self._flip()
         if not self.policy.learns or self.young or not self.state.votes:
             return measured
-        return median_limit([*self._votes, measured / flip]) * flip
-
-    @property
-    def _votes(self) -> list[float]:
-        """The limits of earlier measurements that count."""
-        votes = self.state.votes
-        return [median_limit(votes)] if votes and self.early else votes
+        return median_limit([*self.state.votes, measured / flip]) * flip
 
     def weighed(self, found: Measurement, lr_ref: float, shape: float = 1.0, *, alarm: bool = False) -> Measurement:
         """Returns a good measurement with the limit in force in it.
 
         Curvature needs a witness: a limit far below the others counts at once, and alone, only where a step under
-        theirs would raise the batch's loss: the planned one, or, at an alarm, one at the cap. It does so until trial
-        steps between measurements find room under it (`settle_trial`).
+        theirs would raise the batch's loss: the planned one, or, at an alarm, one at the cap. It does so until the next
+        measurement, or until trial steps before it find room (`settle_trial`).
         """
         limit = self.in_force(found.lr_limit)
         self.state.alone = False
@@ -204,7 +201,7 @@ class Controller:
             self.state.alone = found.lr_limit < limit
             limit = min(limit, found.lr_limit)
         if self.state.updates >= MATURE:
-            self.state.votes = [*self._votes, found.lr_limit / self._flip()][-VOTES:]
+            self.state.votes = [*self.state.votes, found.lr_limit / self._flip()][-VOTES:]
         return replace(found, lr_limit=limit)
 
     def lr_to_try(
@@ -322,35 +319,40 @@ class Controller:
             state.expected_cost = max(self.least_cost, found.cost)
             trial, moved = self._learn(found, lr_ref, jump, shape)
             state.cap = self.cap_under(found.lr_limit)
+            early = not self.young and state.updates < state.measured_at + state.gap
             state.keep(found)
-            state.gap = next_gap(state.gap, alarm=jump is not None, trial_failed=trial == "bad", early=self.early)
+            state.gap = next_gap(state.gap, alarm=jump is not None, trial_failed=trial == "bad", early=early)
             state.due_at, state.retry = state.updates + state.gap, 0
         state.trial_at = state.updates + state.trial_gap
         return trial, moved
 
     def settle_trial(self, tried: Measurement, lr_ref: float, shape: float = 1.0) -> tuple[Action, str] | None:
-        """Takes trial steps in: moves the margin, or the limit; returns what was done and why, None for nothing."""
-        state = self.state
-        trial = self._verdict(tried, self.planned(tried.lr_limit, lr_ref, shape))
-        told: tuple[Action, str] | None = None
-        if state.alone and trial == "roomy":
-            state.trial, told = trial, self._outvoted(tried)
-        elif (moved := self._learn(tried, lr_ref, None, shape)[1]) is not None:
-            told = "margin", moved
+        """Takes trial steps in: moves the margin, or a limit that counts alone; returns what was done, and why."""
+        state, alone = self.state, self.state.alone
+        planned = self.planned(tried.lr_limit, lr_ref, shape)
+        trial, moved = self._learn(tried, lr_ref, None, shape, still=alone)
+        told: tuple[Action, str] | None = None if moved is None else ("margin", moved)
+        if alone and trial == "roomy":
+            told = "raise", self._relieved(tried, planned)
         state.trial_gap = next_trial_gap(state.trial_gap)
         state.trial_at = state.updates + state.trial_gap
         state.cap = self.cap_under(state.figures["lr_limit"])
         return told
 
-    def _outvoted(self, tried: Measurement) -> tuple[Action, str]:
-        """Puts the median of the votes in force again, where the limit that counted alone has proved to be too low."""
+    def _relieved(self, tried: Measurement, planned: float) -> str:
+        """Raises a limit that counts alone by as much as a trial step with room bears out, to the others' median.
+
+        No further: trial steps tell what is harmful now, not that a step a hundred times longer would not be.
+        """
         state, low = self.state, self.state.figures["lr_limit"]
-        rise = max(1.0, median_limit(state.votes) * self._flip() / state.measured_limit)
-        state.alone, state.measured_limit = False, rise * state.measured_limit
-        state.figures["lr_limit"] = high = rise * low
-        return "raise", (
-            f"limit {low:.3g} -> {high:.3g}, the median of the newest: the lower one was of a single batch, and even a "
-            f"trial step (lr {tried.trial_lr:.3g}) would move this one's loss from {tried.loss:.4g} to "
+        others = median_limit(state.votes) * self._flip() / state.measured_limit
+        seen = (tried.trial_lr or planned) * self.policy.trial_slack / planned
+        rise = min(others, seen)
+        state.alone, state.measured_limit = seen < others, rise * state.measured_limit
+        state.figures["lr_limit"] = rise * low
+        return (
+            f"limit {low:.3g} -> {rise * low:.3g}, of {others * low:.3g} before: the lower one was of a single batch, "
+            f"and even a trial step (lr {tried.trial_lr:.3g}) would move this one's loss from {tried.loss:.4g} to "
             f"{tried.trial_loss:.4g}"
         )
 
@@ -360,8 +362,9 @@ class Controller:
         return judged(found.trial_lr / planned, self.policy.trial_slack, failed=found.trial_failed)
 
     def _learn(
-        self, found: Measurement, lr_ref: float, jump: str | None, shape: float
+        self, found: Measurement, lr_ref: float, jump: str | None, shape: float, *, still: bool = False
     ) -> tuple[Trial | None, str | None]:
+        """Moves the multiple by what trial steps found; `still`: not upwards, since it is the limit that is to rise."""
         state, old = self.state, self.state.margin
         planned = self.planned(found.lr_limit, lr_ref, shape)
         trial = self._verdict(found, planned)
@@ -376,7 +379,7 @@ class Controller:
         searched = found.trial_lr / unit if self.young and not found.trial_failed else None
         state.multiple = learned_multiple(
             state.multiple,
-            trial,
+            "fine" if still and trial == "roomy" else trial,
             used=planned / unit,
             again=again,
             least=None if jump is None else MARGIN_MIN / state.share,

@@ -107,15 +107,17 @@ class Decider:
             return  # no gradients: nothing moves
         if self.rewinder is not None and self._refused(self.rewinder, size, loss, observed):
             return
-        control.early = self._called_for()
+        early = self._outdated()
         if state.cap is not None and state.following:
             control.follow(self._rules())
         usual, alarm = state.trend, state.trend.alarming(size)
         state.trend = usual.after(size)
-        if alarm and not control.due():
+        if alarm and not control.due(early=early):
             alarm = probe is not None or observed is None or not self._harmless(observed)
         jump = f"the gradient norm is {size:.3g}, usual is {math.exp(usual.mean):.3g}" if alarm else None
-        if control.due(alarm=alarm) and self._measure(probe or observed, jump, watch, fixed=probe is not None):
+        if control.due(alarm=alarm, early=early) and self._measure(
+            probe or observed, jump, watch, fixed=probe is not None, early=early
+        ):
             return
         if state.cap is not None:
             if observed is not None and probe is None and control.trial_due(self.rates.wanted):
@@ -126,17 +128,16 @@ class Decider:
 
     @property
     def due(self) -> bool:
-        """Whether the coming update will measure, as far as can be told before it."""
-        self.controller.early = self._called_for()
-        return self.controller.due()
+        """Whether the coming update will measure, as far as can be told before its gradients are there."""
+        return self.controller.due(early=self._outdated())
 
-    def _called_for(self) -> bool:
-        """Whether to measure before its time, for the limit missed what now moves, how fast, or P's size."""
+    def _outdated(self) -> bool:
+        """Whether the last measurement missed what now moves, how fast, or P's size."""
         state, moving = self.state, self.ensemble.moving()
         woken = any(now and not then for now, then in zip(moving, state.moving, strict=False))
         # Ranks whose gradient norms differ would measure at different updates, and wait for each other.
         wandered = self.controller.wandered and processes.count() == 1
-        return (woken or wandered or self.rates.drifted()) and state.updates < state.due_at and not state.retry
+        return woken or wandered or self.rates.drifted()
 
     def _measure(
         self,
@@ -145,6 +146,7 @@ class Decider:
         watch: Callable[[list[Closure]], list[Closure]],
         *,
         fixed: bool,
+        early: bool,
     ) -> bool:
         """Measures, decides and tunes; returns whether it could."""
         if closures is None:
@@ -155,7 +157,7 @@ class Decider:
         budget = self.controller.affordable(alarm=jump is not None)
         if not self.instrument.can_measure(closures, self.state, budget):
             return False
-        usual = jump is None and not self.controller.early
+        usual = jump is None and not early
         if usual:
             self.tuner.before_measuring(self.controller.press(self.rates.wanted), self.state.updates)
         found = self._measured(watch(closures), budget, fixed=fixed)
@@ -292,7 +294,7 @@ class Decider:
         self._record(*state.explain(found, before, after, capped=self.rates.capped), found, before, after)
 
     def _tune(self, found: Measurement, *, usual: bool) -> None:
-        """After a measurement, `usual` unless something looked wrong or it came early: moves betas.
+        """After a measurement, `usual` unless something looked wrong or the last one was of another time: moves betas.
 
         P goes on as it was; what b1 does to c, the limit follows.
         """

@@ -296,7 +296,7 @@ class Eigenproblem:
             "overwrite_v0": True,
         }
         matvec: Matvec = functools.partial(self._matvec, scaling=scaling)
-        first = First(matvec) if self.exact is not None else None
+        first = First(matvec, copy=self.max_basis is not None) if self.exact is not None else None
         if both:
             estimate, self.lowest = both_ends(first or matvec, v0, **options)
         else:
@@ -325,23 +325,25 @@ class Eigenproblem:
                 return verified(estimate, first, again)
             return checked(estimate, again, self.curvature.remainder)
         except Disagreement as differ:
-            raise MeasurementFailed(
-                f"products by finite differences {differ}: the loss has kinks (ReLU), or rounding errors are magnified "
-                "by a tiny P or by half precision. Use a closure that can be differentiated twice",
-                self.num_matvecs,
-            ) from None
+            why = str(differ)
+        # Raised outside, since an error holds what it was raised from, with all vectors there.
+        raise MeasurementFailed(
+            f"products by finite differences {why}: the loss has kinks (ReLU), or rounding errors are magnified by a "
+            "tiny P or by half precision. Use a closure that can be differentiated twice",
+            self.num_matvecs,
+        )
 
     def _matvec(self, v: Tensor, scaling: _Scaling, check: bool = False) -> Tensor:
-        """The product, or with `check` the one that checks it: exact, or a difference by another step.
+        """The product, or with `check` the one that checks it: exact where there is one, else by another step.
 
-        Beside v, two more vectors live at once, of which one is returned; a third where l2 decay needs the parts."""
+        Beside v, two more vectors live at once, of which one is returned; a third where l2 decay needs the parts.
+        """
         self.num_matvecs += 1
-        product = self.curvature.product
-        if check and self.exact is not None:
-            self.num_exact += 1
-            product = self.exact.product
-        elif check and self.curvature.again is not None:
-            product = self.curvature.again
+        product: Product | None = self.curvature.product
+        if check:
+            self.num_exact += self.exact is not None
+            product = self.curvature.again if self.exact is None else self.exact.product
+        assert product is not None  # checks are for what has one
         parts = [
             scaling.of(i, part.view(m.values.shape))
             for i, (part, m) in enumerate(zip(torch.split(v, self.sizes), self.movers, strict=True))

@@ -199,6 +199,7 @@ class CoherenceGuard:
 
         Parameters that begin to move count once they have a gradient.
         """
+        self.rates.read()
         return self._decider.due
 
     @property

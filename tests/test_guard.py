@@ -179,6 +179,20 @@ def test_a_few_gradients_of_nearly_nothing_are_no_new_level(odd: int) -> None:
     assert [decision.step for decision in bowl.guard.history] == [0, 3, 12, 39, 120]
 
 
+def test_an_early_measurement_that_fails_is_tried_again_and_grows_no_gap() -> None:
+    bowl = Bowl(Case(Adam), lr=1e-12)
+
+    def broken() -> Tensor:
+        raise RuntimeError("not now")
+
+    for step in range(160):
+        bowl.scale = 1.0 if step < 60 else 1 / 9
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            bowl.run(observed=broken if step == 74 else None)
+    assert [decision.step for decision in bowl.guard.history] == [0, 3, 12, 39, 74, 75, 75 + 81]
+
+
 def test_due_knows_of_a_measurement_that_comes_early() -> None:
     bowl, due = Bowl(Case(Adam), lr=1e-12), []
     for step in range(100):
@@ -190,7 +204,7 @@ def test_due_knows_of_a_measurement_that_comes_early() -> None:
 
 def test_several_processes_measure_at_the_same_updates_whatever_their_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("safe_lr.processes.count", lambda group=None: 2)
-    bowl = Bowl(lr=1e-12, probe=lambda: bowl.loss())
+    bowl = Bowl(Case(Adam), lr=1e-12, probe=lambda: bowl.loss())
     for step in range(130):
         bowl.scale = 1.0 if step < 60 else 1 / 9
         bowl.run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -270,16 +271,6 @@ def test_a_low_limit_counts_alone_only_where_the_planned_step_fails() -> None:
     assert made.weighed(low, 100.0).lr_limit == 0.01 and made.state.votes == []
 
 
-def test_an_early_measurement_has_a_vote_against_all_that_came_before() -> None:
-    """Three limits of one size and a new one of a hundredth: in time the median is theirs, early it lies between."""
-    for early, expected in ((False, 1.0), (True, 0.1)):
-        made = controller(50, votes=[0.5, 0.5, 0.5])
-        made.early = early
-        assert made.in_force(0.01) == pytest.approx(expected)
-        made.weighed(replace(FOUND, lr_limit=0.01), 100.0)
-        assert made.state.votes == pytest.approx([0.5, 0.005] if early else [0.5, 0.5, 0.005])
-
-
 def alarmed() -> Controller:
     """Thirty updates old, lr 2 at a limit of 1, after an alarm whose batch had a limit of a hundredth."""
     made = controller(30, votes=[0.5, 0.5], cap=2.0, multiple=2.0)
@@ -290,20 +281,49 @@ def alarmed() -> Controller:
     return made
 
 
-def test_the_limit_of_an_alarm_counts_alone_until_trial_steps_find_room_under_it() -> None:
+def room(made: Controller, lr_limit: float) -> Measurement:
+    """Trial steps of which even the longest is fine."""
+    return replace(FOUND, lr_limit=lr_limit, trial_lr=8 * made.planned(lr_limit, 100.0), trial_loss=0.9)
+
+
+def test_the_limit_of_an_alarm_counts_alone_until_trial_steps_have_found_room_up_to_the_others() -> None:
     made = alarmed()
-    planned = made.planned(0.01, 100.0)
-    fine = replace(FOUND, lr_limit=0.01, trial_lr=2 * planned, trial_loss=0.9)
+    fine = replace(FOUND, lr_limit=0.01, trial_lr=2 * made.planned(0.01, 100.0), trial_loss=0.9)
     assert made.settle_trial(fine, 100.0) is None
     assert made.state.alone and made.state.figures["lr_limit"] == 0.01
-    roomy = replace(FOUND, lr_limit=0.01, trial_lr=8 * made.planned(0.01, 100.0), trial_loss=0.9)
-    told = made.settle_trial(roomy, 100.0)
-    assert told is not None and told[0] == "raise" and "limit 0.01 -> 1, the median of the newest" in told[1]
-    assert made.state.figures["lr_limit"] == made.state.measured_limit == pytest.approx(1.0)
-    assert made.state.multiple == 2.0  # the limit was too low, not the multiple
-    assert made.state.cap == pytest.approx(made.policy.growth**5 * 0.02, rel=1e-2)  # raise slowly
-    told = made.settle_trial(replace(roomy, lr_limit=1.0, trial_lr=8 * made.planned(1.0, 100.0)), 100.0)
+    for before, after in ((0.01, 0.04), (0.04, 0.16), (0.16, 0.64), (0.64, 1.0)):  # as far as the trials reach
+        told = made.settle_trial(room(made, before), 100.0)
+        assert told is not None and told[0] == "raise" and f"limit {before:.3g} -> {after:.3g}, of 1 before" in told[1]
+        assert made.state.figures["lr_limit"] == made.state.measured_limit == pytest.approx(after)
+        assert made.state.multiple == 2.0  # the limit was too low, not the multiple
+        assert made.state.alone is (after < 1)
+    assert made.state.cap == pytest.approx(made.policy.growth ** (4 * 5) * 0.02, rel=1e-2)  # raised slowly
+    made.state.cap = 2.0
+    told = made.settle_trial(room(made, 1.0), 100.0)
     assert told is not None and told[0] == "margin" and made.state.multiple == 3.0
+
+
+def test_trial_steps_that_fail_after_one_with_room_lower_lr() -> None:
+    made = alarmed()
+    made.settle_trial(room(made, 0.01), 100.0)
+    for _ in range(20):
+        made.state.updates += 1
+        made.state.cap = made.cap_under(made.state.figures["lr_limit"])
+    caps = [made.state.cap]
+    for _ in range(3):
+        limit = made.state.figures["lr_limit"]
+        bad = replace(FOUND, lr_limit=limit, trial_lr=made.planned(limit, 100.0))
+        made.settle_trial(bad, 100.0)
+        caps.append(made.state.cap)
+    assert caps[0] == pytest.approx(0.08) and all(b < 0.7 * a for a, b in itertools.pairwise(caps))
+
+
+def test_after_a_rewind_room_raises_no_limit_either() -> None:
+    made = alarmed()
+    made.state.calm_until = made.state.updates + 10
+    assert made.settle_trial(room(made, 0.01), 100.0) is None
+    assert (made.state.alone, made.state.trial, made.state.figures["lr_limit"]) == (True, "fine", 0.01)
+    assert made.state.course.so_far.trials == 1
 
 
 def test_the_next_measurement_ends_what_counts_alone() -> None:

@@ -557,6 +557,7 @@ def test_what_is_counted_and_spent_stays_so() -> None:
         margin=0.3,
         share=0.4,
         votes=[0.2],
+        alone=True,
         updates=17,
         cap=0.1,
         cost=33.0,
@@ -568,13 +569,13 @@ def test_what_is_counted_and_spent_stays_so() -> None:
     )
     back = now.gone_back(then.state_dict())
     assert (back.multiple, back.margin, back.cap, back.trend) == (4.0, 2.0, 0.5, CALM)
-    assert (back.figures, back.share, back.votes) == ({"lr_limit": 1.0}, 0.5, [1.0])
+    assert (back.figures, back.share, back.votes, back.alone) == ({"lr_limit": 1.0}, 0.5, [1.0], False)
     assert (back.updates, back.cost, back.due_at) == (17, 33.0, 17)
     assert (back.measured_at, back.usual) == (0, None)
     unmeasured = replace(then, cap=None, figures={})
     kept = now.gone_back(unmeasured.state_dict())
     assert (kept.cap, kept.figures, kept.gap, kept.multiple) == (0.1, {"lr_limit": 0.2}, 4, 4.0)
-    assert (kept.share, kept.votes, kept.measured_at, kept.usual) == (0.4, [0.2], 15, 0.25)
+    assert (kept.share, kept.votes, kept.alone, kept.measured_at, kept.usual) == (0.4, [0.2], True, 15, 0.25)
 
 
 @pytest.mark.parametrize(("wanted", "used"), [(9.0, 0.4), (0.1, 0.1), (INF, 0.4)])
