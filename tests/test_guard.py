@@ -193,6 +193,22 @@ def test_an_early_measurement_that_fails_is_tried_again_and_grows_no_gap() -> No
     assert [decision.step for decision in bowl.guard.history] == [0, 3, 12, 39, 74, 75, 75 + 81]
 
 
+def test_betas_are_not_judged_by_a_measurement_that_comes_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    bowl, judged = Bowl(Case(Adam), lr=1e-12, tune_betas=True), {}
+    tuner = bowl.guard._tuner
+    settle = tuner.settle
+
+    def noted(gamma: float | None, press: Any, updates: int) -> Any:
+        judged[updates] = gamma is not None
+        return settle(gamma, press, updates)
+
+    monkeypatch.setattr(tuner, "settle", noted)
+    for step in range(160):
+        bowl.scale = 1.0 if step < 60 else 1 / 9
+        bowl.run()
+    assert judged == {0: True, 3: True, 12: True, 39: True, 74: False, 74 + 81: True}
+
+
 def test_due_knows_of_a_measurement_that_comes_early() -> None:
     bowl, due = Bowl(Case(Adam), lr=1e-12), []
     for step in range(100):
