@@ -67,6 +67,15 @@ def test_the_first_screen_has_two_commands():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_relative_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", page.read_text()):
         if "://" not in target:
-            assert (page.parent / target).exists(), f"{page.name} links to {target}, which does not exist"
+            there = page.parent / target if target else page
+            assert there.exists(), f"{page.name} links to {target}, which does not exist"
+            if anchor and there.suffix == ".md":
+                assert anchor in headings(there), f"{page.name} links to #{anchor}, which {there.name} does not have"
+
+
+def headings(page):
+    """The anchors of a page's headings, as GitHub and MyST make them."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
