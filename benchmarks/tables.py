@@ -220,6 +220,20 @@ def sizes(result: dict[str, Any]) -> str:
     return markdown(["parameters", "seconds", "gradients"], rows)
 
 
+def overheads(result: dict[str, Any]) -> str:
+    """Wall time and counted cost of measuring, at each length of run."""
+    rows = [
+        [
+            f"{row['row']}, {10 ** (row['above'] / 2):g}x the tuned lr",
+            f"{row['ms_per_step']:.1f}",
+            *(f"+{at['wall']:.0%} ({at['counted']:.0%})" if (at := row["at"].get(n)) else "" for n in result["wall"]),
+        ]
+        for row in result["rows"]
+    ]
+    first, *rest = (f"{int(n):,}" for n in result["wall"])
+    return markdown(["row", "ms a step", f"{first} steps: wall (counted)", *rest], rows)
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "gaps": ("lr_robustness.json", gaps),
     "beside": ("lr_robustness.json", beside),
@@ -232,6 +246,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "tools": ("curvature.json", tools),
     "peaks": ("curvature.json", peaks),
     "sizes": ("curvature.json", sizes),
+    "overheads": ("overhead.json", overheads),
     "poison": ("poison.json", poison.markdown),
     "spikes": ("spikes.json", spikes),
     "spikes_poisoned": ("spikes_poisoned.json", spikes),
