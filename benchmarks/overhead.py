@@ -4,7 +4,7 @@
 
 Two copies of a model train in one process on the same batches, one step each in turns, and each step is timed. The
 ratio of the two sums is the overhead in wall time, read at several lengths of run; beside it stands what was counted,
-in gradient evaluations per step. Two tasks run 10,000 steps, the others 1,000; a cap that binds costs trial steps on
+in gradient evaluations per step, and what single measurements and trial steps took in units of a plain step. Two tasks run 10,000 steps, the others 1,000; a cap that binds costs trial steps on
 top, so each runs at the tuned lr and 100 times above it.
 """
 
@@ -44,6 +44,8 @@ class Trainee:
 
     Attributes:
         seconds: Time spent on each step.
+        cost: Gradient evaluations spent so far, after each step.
+        measurements: Measurements made so far, likewise.
     """
 
     def __init__(self, row: Row, lr: float, *, protected: bool) -> None:
@@ -53,6 +55,7 @@ class Trainee:
         self.guard = CoherenceGuard(self.optimizers, loggers=None) if protected else None
         self.seconds: list[float] = []
         self.cost: list[float] = []
+        self.measurements: list[int] = []
 
     def step(self, x: Any, y: Any) -> None:
         """Trains on one batch."""
@@ -67,7 +70,9 @@ class Trainee:
             optimizer.zero_grad()
         self.seconds.append(time.perf_counter() - started)
         if self.guard is not None:
-            self.cost.append(self.guard.summary().cost)
+            so_far = self.guard.summary()
+            self.cost.append(so_far.cost)
+            self.measurements.append(so_far.measurements)
 
 
 def paired(row: Row, above: int, steps: int) -> dict[str, Any]:
@@ -81,11 +86,24 @@ def paired(row: Row, above: int, steps: int) -> dict[str, Any]:
         for trainee in (plain, safe) if index % 2 else (safe, plain):
             trainee.step(x, y)
     quiet = [s - p for s, p in zip(safe.seconds, plain.seconds, strict=True)]
+    per_step = statistics.median(plain.seconds)
+    counted = [after - before for before, after in itertools.pairwise([0.0, *safe.cost])]
+    measured = [after > before for before, after in itertools.pairwise([0, *safe.measurements])]
+    spent: dict[str, Any] = {}
+    for name, of in (("measurement", True), ("trial", False)):
+        picked = [k for k, cost in enumerate(counted) if cost > 0 and measured[k] is of and k > 0]  # the 1st warms up
+        if picked:
+            spent[name] = {
+                "times": len(picked),
+                "counted": statistics.fmean(counted[k] for k in picked),
+                "steps": statistics.fmean(quiet[k] for k in picked) / per_step,
+            }
     return {
         "row": str(row),
         "above": above,
         "lr": lr,
-        "ms_per_step": 1e3 * statistics.median(plain.seconds),
+        "ms_per_step": 1e3 * per_step,
+        "spent": spent,
         "ms_between_measurements": 1e3 * statistics.median(quiet),
         "at": {
             str(length): {

@@ -132,6 +132,7 @@ class Untouched:
     ) -> None:
         self._params, self._values, self._rng = params, values, rng
         self.remember, self.reset = remember, reset
+        self._called: list[Callable[[], Any]] = []
 
     def call(self, closure: Callable[[], Any]) -> Any:
         """Returns what the closure returns, evaluated from the random state at entry.
@@ -140,8 +141,10 @@ class Untouched:
             ClosureError: It called `backward()`.
         """
         self._rng.restore()
-        for module in modules_in(closure):
-            self.remember(module)
+        if not any(closure is known for known in self._called):
+            self._called.append(closure)
+            for module in modules_in(closure):
+                self.remember(module)
         returned = closure()
         if any(p.grad is not None for p in self._params):
             raise ClosureError(
@@ -159,8 +162,11 @@ class Untouched:
                     parameter.data.add_(step)
             yield
         finally:
-            for parameter, value in zip(self._params, self._values, strict=True):
-                _write_back(parameter, value)
+            for parameter, value, step in zip(self._params, self._values, steps, strict=True):
+                if step is not None and parameter.shape == value.shape:
+                    parameter.data.copy_(value)  # it has changed, no need to look
+                else:
+                    _write_back(parameter, value)
 
 
 def as_loss(returned: Any) -> Tensor:
@@ -222,7 +228,7 @@ def _inside(item: object) -> list[object]:
 
 
 @contextlib.contextmanager
-def leave_no_trace(params: Sequence[Tensor]) -> Iterator[Untouched]:
+def leave_no_trace(params: Sequence[Tensor], *, twice: bool = True) -> Iterator[Untouched]:
     """Lets closures be evaluated inside, and puts everything back, bit for bit, also when one raises in the middle.
 
     Put back are the parameters, their `.grad` (the very same tensors) and `requires_grad`; of every module that a
@@ -235,14 +241,15 @@ def leave_no_trace(params: Sequence[Tensor]) -> Iterator[Untouched]:
         try: yield
         finally: restore(before)
 
-    Gradients are recorded inside, whatever the mode outside; scaled-dot-product attention runs on its math kernel and
-    compiled modules run eagerly, since neither can be differentiated twice else.
+    Gradients are recorded inside, whatever the mode outside; compiled modules run eagerly, and scaled-dot-product
+    attention on its math kernel, since neither can be differentiated twice else.
 
     Out of reach: generator objects and iterators that the closure itself advances (a data loader's, say): draw the
     batch outside and let the closure use it.
 
     Args:
         params: The parameters, each once. Costs one copy of them.
+        twice: Whether losses may be differentiated twice. Where none is, attention keeps its own, faster kernel.
 
     Yields:
         An `Untouched`, which evaluates closures under the random state at entry: a dropout mask is the same each time.
@@ -259,6 +266,8 @@ def leave_no_trace(params: Sequence[Tensor]) -> Iterator[Untouched]:
     modules: dict[nn.Module, _ModuleState] = {}
 
     def remember(module: nn.Module, args: object = None) -> None:
+        if module in modules:
+            return  # with its children; one that it is given later is met when it is called
         for child in module.modules():
             if child not in modules:
                 modules[child] = state = _ModuleState(child)
@@ -279,6 +288,7 @@ def leave_no_trace(params: Sequence[Tensor]) -> Iterator[Untouched]:
         warnings.filterwarnings("ignore", message=".*when there are global hooks on modules.*")  # our own pre-hook
         back.enter_context(torch.inference_mode(False))
         back.enter_context(torch.enable_grad())
-        back.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if twice:
+            back.enter_context(sdpa_kernel(SDPBackend.MATH))
         back.enter_context(torch.compiler.set_stance("force_eager"))
         yield Untouched(params, values, rng, remember, reset)

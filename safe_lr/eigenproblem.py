@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from safe_lr.differences import Disagreement, First, checked, verified
 from safe_lr.lanczos import EigenEstimate, Matvec, both_ends, lanczos, start_vector
-from safe_lr.movers import MeasurementFailed, Mover, ascends
+from safe_lr.movers import MeasurementFailed, Mover, ascends, coming_steps
 from safe_lr.operators import Curvature, Product
 
 BOUNDS = ("lemma1", "coherence", "momentum")
@@ -165,14 +165,12 @@ class Eigenproblem:
         cost = self.curvature.cost_of_product * (self.num_matvecs - self.num_exact)
         return cost if self.exact is None else cost + self.exact.cost_of_product * self.num_exact
 
-    def coming_steps(self, lr: float) -> list[Tensor | None]:
-        """Each mover's change in a step of length lr, None where it stays; ends the problem and frees its graph."""
+    def coming_steps(self) -> Callable[[float], list[Tensor | None]]:
+        """Each mover's change in the coming step (`movers.coming_steps`); ends the problem and frees its graph."""
         for name in ("curvature", "exact"):
             self.__dict__.pop(name, None)
         grads = iter(self.grads)
-        return [
-            m.coming_step(next(grads), lr) if keep else None for m, keep in zip(self.everyone, self.kept, strict=True)
-        ]
+        return coming_steps(self.everyone, [next(grads) if keep else None for keep in self.kept])
 
     def solve(self, bound: str, also: Collection[str] = ()) -> dict[str, Any]:
         """Solves for gamma and the bound, and for others where asked or where they come free.

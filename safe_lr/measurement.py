@@ -229,9 +229,10 @@ def measure_step(
                     found = replace(found, cost=found.cost + COST_OF_LOSS)
                     if not objective.deterministic(found.loss or math.nan):
                         found = replace(found, note=NOT_DETERMINISTIC)
-                steps = solution.problem.coming_steps
+                steps = None
                 while try_lr is not None and (lr := try_lr(found)) is not None:
                     found = replace(found, cost=found.cost + COST_OF_LOSS)
+                    steps = steps or solution.problem.coming_steps()
                     found = replace(found, trial_lr=lr, trial_loss=objective.loss_after(steps(lr)))
         except MeasurementFailed as failed:
             found = replace(found, failure=str(failed), num_matvecs=failed.num_matvecs, cost=failed.cost)

@@ -60,6 +60,37 @@ def movers(ensemble: Ensemble, group_shares: Sequence[float], updates: int | Non
     ]
 
 
+def coming_steps(
+    moving: Sequence[Mover], grads: Sequence[Tensor | None]
+) -> Callable[[float], list[Tensor | None]]:
+    """Returns a function from lr (of lr_ref) to each parameter's change in the coming step, None where it stays.
+
+    Where the step is proportional to lr it is made once, and scaled in place for every further lr: what was returned
+    before is then overwritten.
+
+    Args:
+        moving: The parameters.
+        grads: The gradient of each; None where it stays.
+    """
+    steps: list[Tensor | None] = [None] * len(moving)
+    made_at = 0.0
+
+    def at(lr: float) -> list[Tensor | None]:
+        nonlocal made_at
+        for index, (mover, grad) in enumerate(zip(moving, grads, strict=True)):
+            step = steps[index]
+            if grad is None:
+                continue
+            if step is not None and made_at > 0 and mover.proportional:
+                step.mul_(lr / made_at)
+            else:
+                steps[index] = mover.coming_step(grad, lr)
+        made_at = lr
+        return steps
+
+    return at
+
+
 def ascends(moving: Sequence[Mover]) -> bool:
     """Whether the step climbs (`maximize`).
 
@@ -140,6 +171,11 @@ class Mover:
         """L2 and decoupled decay."""
         with self._read():
             return self.model.decay_of(self.group, self.real_state, self.values)
+
+    @property
+    def proportional(self) -> bool:
+        """Whether the coming step is proportional to lr."""
+        return type(self.model).coming_step is Preconditioner.coming_step
 
     def coming_step(self, grad: Tensor, lr: float) -> Tensor:
         """The change of the parameter in a step of length lr (of lr_ref)."""

@@ -288,7 +288,8 @@ class Rewinder:
             return None, 0.0
         now = then = failed = 0.0
         try:
-            with leave_no_trace([p for group in self.ensemble.param_groups for p in group["params"]]) as untouched:
+            params = [p for group in self.ensemble.param_groups for p in group["params"]]
+            with leave_no_trace(params, twice=False) as untouched:
                 for module in self.snapshot.buffers.modules:  # of earlier closures: these may call others
                     untouched.remember(module)
                 now = _mean_loss(untouched, closures)

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from safe_lr.closures import leave_no_trace
 from safe_lr.measurement import Measurement
-from safe_lr.movers import MeasurementFailed, Mover, ascends
+from safe_lr.movers import MeasurementFailed, Mover, ascends, coming_steps
 from safe_lr.objective import Closures, Objective
 from safe_lr.settings import COST_OF_LOSS
 from safe_lr.solving import check_finite
@@ -40,14 +40,14 @@ def search_step(moving: Sequence[Mover], closures: Closures, start: float, curva
         found = replace(found, maximize=ascends(moving))
         if start <= 0 or all(m.grad is None for m in moving):
             raise MeasurementFailed("there is no step to try: the lr is 0, or nothing has a gradient")
-        with leave_no_trace([m.param for m in moving]) as untouched:
+        with leave_no_trace([m.param for m in moving], twice=False) as untouched:
             objective = Objective(closures, untouched, curvature)
             loss = objective.loss()
             check_finite(loss)
             found, lr, factor = replace(found, loss=loss), start, 0.0
+            steps = coming_steps(moving, [m.grad for m in moving])
             for _ in range(SEARCHES):
-                steps = [None if m.grad is None else m.coming_step(m.grad, lr) for m in moving]
-                tried = replace(found, trial_loss=objective.loss_after(steps))
+                tried = replace(found, trial_loss=objective.loss_after(steps(lr)))
                 found = replace(found, cost=found.cost + COST_OF_LOSS)
                 good = tried.trial_failed is False
                 if good:
@@ -84,15 +84,15 @@ def try_steps(
     found = Measurement(cost=COST_OF_LOSS)
     try:
         found = replace(found, maximize=ascends(moving))
-        with leave_no_trace([m.param for m in moving]) as untouched:
+        with leave_no_trace([m.param for m in moving], twice=False) as untouched:
             objective = Objective(closures, untouched, curvature)
             loss = objective.loss()
             check_finite(loss)
             found = replace(found, loss=loss)
+            steps = coming_steps(moving, [m.grad for m in moving])
             while (lr := next_lr(found)) is not None:
                 found = replace(found, cost=found.cost + COST_OF_LOSS)
-                steps = [None if m.grad is None else m.coming_step(m.grad, lr) for m in moving]
-                found = replace(found, trial_lr=lr, trial_loss=objective.loss_after(steps))
+                found = replace(found, trial_lr=lr, trial_loss=objective.loss_after(steps(lr)))
     except MeasurementFailed as failed:
         found = replace(found, failure=str(failed))
     return replace(found, seconds=time.perf_counter() - started)

@@ -218,3 +218,13 @@ def test_tensor_hooks_neither_run_nor_count() -> None:
     assert found.lambda_max == pytest.approx(4.0) and not calls
     (x**2).sum().backward()
     assert calls == [1] and x.grad.tolist() == [1.0, 1.0]
+
+
+def test_attention_keeps_its_own_kernel_where_nothing_is_differentiated_twice() -> None:
+    """Beside speed it is the forward pass that training makes."""
+    w = nn.Parameter(torch.ones(1))
+    kernels = []
+    for twice in (True, False):
+        with leave_no_trace([w], twice=twice):
+            kernels.append(torch.backends.cuda.flash_sdp_enabled())
+    assert kernels == [False, torch.backends.cuda.flash_sdp_enabled()] and kernels[1]

@@ -29,7 +29,7 @@ from torch.optim import (
 
 import safe_lr.preconditioners as models
 from safe_lr.ensemble import Ensemble
-from safe_lr.movers import movers
+from safe_lr.movers import coming_steps, movers
 from safe_lr.preconditioners import Preconditioner, known, preconditioner_of, register
 from tests.cases import CASES, Case
 
@@ -107,6 +107,23 @@ def test_coming_step_is_the_real_step(case: Case) -> None:
         old = x.detach().clone()
         optimizer.step()
         torch.testing.assert_close(old + predicted, x.detach(), **same(case.make, case.options))
+
+
+@pytest.mark.parametrize("case", [*CASES, *LOCAL], ids=str)
+def test_a_step_made_once_and_scaled_is_the_step_of_that_length(case: Case) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, still = (nn.Parameter(torch.randn(2, 3, dtype=torch.float64, generator=generator)) for _ in range(2))
+    optimizer = case.optimizer([x, still])
+    for _ in range(3):
+        x.grad = rows_only(case.make, torch.randn(x.shape, dtype=torch.float64, generator=generator))
+        optimizer.step()
+    ensemble = Ensemble(optimizer)
+    moving = movers(ensemble, [1.0], updates=4)
+    steps = coming_steps(moving, [m.grad for m in moving])
+    for lr in (0.08, 0.02, 0.01, 0.03):
+        made, none = steps(lr)
+        assert made is not None and none is None
+        torch.testing.assert_close(made, moving[0].coming_step(moving[0].grad, lr), **same(case.make, case.options))
 
 
 def test_every_optimizer_of_torch_is_known_or_refused_with_a_reason() -> None:
