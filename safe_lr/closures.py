@@ -120,6 +120,7 @@ class Untouched:
     Attributes:
         remember: Takes in a module that is to be put back, although no closure may name or call it.
         reset: Puts back the modules met so far, as they will be at the end.
+        differentiate_twice: From then on what is evaluated can be: attention runs on its math kernel.
     """
 
     def __init__(
@@ -129,9 +130,10 @@ class Untouched:
         rng: RandomState,
         remember: Callable[[nn.Module], None],
         reset: Callable[[], None],
+        differentiate_twice: Callable[[], None],
     ) -> None:
         self._params, self._values, self._rng = params, values, rng
-        self.remember, self.reset = remember, reset
+        self.remember, self.reset, self.differentiate_twice = remember, reset, differentiate_twice
         self._called: list[Callable[[], Any]] = []
 
     def call(self, closure: Callable[[], Any]) -> Any:
@@ -228,7 +230,7 @@ def _inside(item: object) -> list[object]:
 
 
 @contextlib.contextmanager
-def leave_no_trace(params: Sequence[Tensor], *, twice: bool = True) -> Iterator[Untouched]:
+def leave_no_trace(params: Sequence[Tensor]) -> Iterator[Untouched]:
     """Lets closures be evaluated inside, and puts everything back, bit for bit, also when one raises in the middle.
 
     Put back are the parameters, their `.grad` (the very same tensors) and `requires_grad`; of every module that a
@@ -241,15 +243,14 @@ def leave_no_trace(params: Sequence[Tensor], *, twice: bool = True) -> Iterator[
         try: yield
         finally: restore(before)
 
-    Gradients are recorded inside, whatever the mode outside; compiled modules run eagerly, and scaled-dot-product
-    attention on its math kernel, since neither can be differentiated twice else.
+    Gradients are recorded inside, whatever the mode outside. Compiled modules run eagerly, and scaled-dot-product
+    attention on its math kernel once `differentiate_twice` was called: neither can be differentiated twice else.
 
     Out of reach: generator objects and iterators that the closure itself advances (a data loader's, say): draw the
     batch outside and let the closure use it.
 
     Args:
         params: The parameters, each once. Costs one copy of them.
-        twice: Whether losses may be differentiated twice. Where none is, attention keeps its own, faster kernel.
 
     Yields:
         An `Untouched`, which evaluates closures under the random state at entry: a dropout mask is the same each time.
@@ -277,6 +278,13 @@ def leave_no_trace(params: Sequence[Tensor], *, twice: bool = True) -> Iterator[
         for state in modules.values():
             state.restore()
 
+    def differentiate_twice() -> None:
+        nonlocal twice
+        if not twice:
+            twice = True
+            back.enter_context(sdpa_kernel(SDPBackend.MATH))
+
+    twice = False
     with contextlib.ExitStack() as back:  # undoes all of it, last first, also when one part fails
         back.callback(rng.restore)
         for parameter, value in zip(params, values, strict=True):
@@ -288,7 +296,5 @@ def leave_no_trace(params: Sequence[Tensor], *, twice: bool = True) -> Iterator[
         warnings.filterwarnings("ignore", message=".*when there are global hooks on modules.*")  # our own pre-hook
         back.enter_context(torch.inference_mode(False))
         back.enter_context(torch.enable_grad())
-        if twice:
-            back.enter_context(sdpa_kernel(SDPBackend.MATH))
         back.enter_context(torch.compiler.set_stance("force_eager"))
-        yield Untouched(params, values, rng, remember, reset)
+        yield Untouched(params, values, rng, remember, reset, differentiate_twice)

@@ -60,9 +60,7 @@ def movers(ensemble: Ensemble, group_shares: Sequence[float], updates: int | Non
     ]
 
 
-def coming_steps(
-    moving: Sequence[Mover], grads: Sequence[Tensor | None]
-) -> Callable[[float], list[Tensor | None]]:
+def coming_steps(moving: Sequence[Mover], grads: Sequence[Tensor | None]) -> Callable[[float], list[Tensor | None]]:
     """Returns a function from lr (of lr_ref) to each parameter's change in the coming step, None where it stays.
 
     Where the step is proportional to lr it is made once, and scaled in place for every further lr: what was returned

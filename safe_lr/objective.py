@@ -107,6 +107,8 @@ class Objective:
                 raise NoSecondDerivative(f"curvature={self.kind!r} has no {hvp} products")
             return self._by_differences(params, one_sided=hvp == "one-sided")
         loss = None
+        if verify or not differences:
+            self.untouched.differentiate_twice()
         if differences and self.kind == "hessian":
             since = graph_time()
             loss = as_loss(self.untouched.call(self.closures[0]))
@@ -114,6 +116,9 @@ class Objective:
             if smooth(loss, since) and (large or slow_to_differentiate_twice(loss)):
                 exact = self._to_check_by(params, hvp, loss) if verify else None
                 return self._by_differences(params, one_sided=True, loss=loss, exact=exact)
+        if differences and not verify:
+            self.untouched.differentiate_twice()
+            loss = None  # attention may have run on a kernel without a second derivative
         return self._twice(params, hvp, loss)
 
     def _twice(self, params: Sequence[Tensor], hvp: str, loss: Tensor | None = None) -> Curvature:

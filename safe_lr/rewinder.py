@@ -289,7 +289,7 @@ class Rewinder:
         now = then = failed = 0.0
         try:
             params = [p for group in self.ensemble.param_groups for p in group["params"]]
-            with leave_no_trace(params, twice=False) as untouched:
+            with leave_no_trace(params) as untouched:
                 for module in self.snapshot.buffers.modules:  # of earlier closures: these may call others
                     untouched.remember(module)
                 now = _mean_loss(untouched, closures)

@@ -40,7 +40,7 @@ def search_step(moving: Sequence[Mover], closures: Closures, start: float, curva
         found = replace(found, maximize=ascends(moving))
         if start <= 0 or all(m.grad is None for m in moving):
             raise MeasurementFailed("there is no step to try: the lr is 0, or nothing has a gradient")
-        with leave_no_trace([m.param for m in moving], twice=False) as untouched:
+        with leave_no_trace([m.param for m in moving]) as untouched:
             objective = Objective(closures, untouched, curvature)
             loss = objective.loss()
             check_finite(loss)
@@ -84,7 +84,7 @@ def try_steps(
     found = Measurement(cost=COST_OF_LOSS)
     try:
         found = replace(found, maximize=ascends(moving))
-        with leave_no_trace([m.param for m in moving], twice=False) as untouched:
+        with leave_no_trace([m.param for m in moving]) as untouched:
             objective = Objective(closures, untouched, curvature)
             loss = objective.loss()
             check_finite(loss)
