@@ -39,7 +39,7 @@ class Ceiling:
 
     Attributes:
         lr: That lr: a bare run at it was seen to fail. None where nothing is to be cut.
-        lr_limit: The largest limit met in the protected run.
+        lr_limit: The largest limit met in the protected run; NaN if none was needed.
         trained_at: The largest lr at which a bare run was seen to train, None if none was tried or none trained.
         reason: The above in a sentence.
         cost: Gradient evaluations spent.
@@ -66,7 +66,8 @@ def stable_ceiling(
 
     1. A bare run of `steps` updates at `highest`. If it trains, nothing is to be cut.
     2. A protected run of as many updates, in which the limit is measured several times; its largest value counts, since
-       that at initialisation is far too small for an adaptive optimizer.
+       that at initialisation is far too small for an adaptive optimizer. If `highest` is below `multiple` times that,
+       nothing is to be cut.
     3. Bare runs at `multiple * lr_limit`, then at 4 times that, and so on, until one fails: that is the ceiling.
 
     A run trains if the mean loss of its last quarter is below its first loss. So what is cut lies beyond the linear
@@ -114,6 +115,9 @@ def stable_ceiling(
             return Ceiling(None, math.nan, highest, f"a bare run at lr {highest:.3g} trains: nothing is cut", cost)
         limit, spent = _largest_limit(*start(highest), seed=seed)
         cost, ceiling, trained = cost + steps + spent, multiple * limit, None
+        if ceiling > highest:
+            reason = f"all of it is below {multiple:g} times the largest limit met, {limit:.3g}: nothing is cut"
+            return Ceiling(None, limit, None, reason, cost)
         while ceiling < highest:
             cost += steps
             if not _trains(*start(ceiling)):
