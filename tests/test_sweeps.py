@@ -538,7 +538,7 @@ def test_bad_searches() -> None:
         search(FINE, bowl, runs=0)
     with pytest.raises(ValueError, match="write opt.lr"):
         search(changed(parameters={"opt": {"parameters": {"lr": {"value": 1}}}}), bowl, engine="built-in")
-    with pytest.warns(UserWarning, match="early_terminate is applied by W&B's server only"):
+    with pytest.warns(UserWarning, match="early_terminate is not applied: a local search ends programs"):
         search(changed(early_terminate={"type": "hyperband", "min_iter": 3}), bowl, runs=1, engine="built-in")
     for engine in ("sweeps", "optuna"):
         if importlib.util.find_spec(engine) is None:
