@@ -331,6 +331,14 @@ def test_values_are_dropped_and_weights_still_add_up() -> None:
     assert clipped["parameters"]["lr"] == {"values": [0.1, 1.0], "probabilities": [0.5, 0.5]}
 
 
+def test_nothing_below_8_times_the_limit_is_cut_though_it_was_seen_to_fail() -> None:
+    for spec in ({"values": [1.0, 3.0]}, {"min": 1.0, "max": 3.9}):  # the limit is .5
+        assert clip_to_stable(one(**spec), slope, quadratic, optimizer_factory=sgd) == one(**spec)
+    found = stable_ceiling(slope, quadratic, optimizer_factory=sgd, highest=3.9)
+    assert found.lr is None and found.lr_limit == pytest.approx(0.5, rel=1e-2)
+    assert found.reason == "all of it is below 8 times the largest limit met, 0.5: nothing is cut"
+
+
 def test_what_a_clip_has_nothing_to_do_with() -> None:
     margin = sweep_config()
     assert clip_to_stable(margin, slope, quadratic, optimizer_factory=sgd) == margin
@@ -530,7 +538,7 @@ def test_bad_searches() -> None:
         search(FINE, bowl, runs=0)
     with pytest.raises(ValueError, match="write opt.lr"):
         search(changed(parameters={"opt": {"parameters": {"lr": {"value": 1}}}}), bowl, engine="built-in")
-    with pytest.warns(UserWarning, match="early_terminate is applied by W&B's server only"):
+    with pytest.warns(UserWarning, match="early_terminate is not applied: a local search ends programs"):
         search(changed(early_terminate={"type": "hyperband", "min_iter": 3}), bowl, runs=1, engine="built-in")
     for engine in ("sweeps", "optuna"):
         if importlib.util.find_spec(engine) is None:

@@ -73,8 +73,9 @@ def _add_run(parts: Any) -> None:
         about="Runs a sweep. With --local it searches in this process, without server or account: by W&B's own search\n"
         "(package sweeps) or optuna where one is installed, else at random or over a grid. Without --local it makes a\n"
         "W&B sweep and works as its agent.\n\n"
-        'A program gets its settings as arguments and prints its figures as a line of JSON: {"val_loss": 0.3}. A\n'
-        "function gets them as a dict and returns the figures. Exit status 1: no run has finished.",
+        'A program gets its settings as arguments and prints its figures as a line of JSON: {"val_loss": 0.3}. One\n'
+        "that prints such a line now and then is subject to the config's early_terminate. A function gets them as a\n"
+        "dict and returns the figures. Exit status 1: no run has finished.",
         examples=(
             "sweep run --local sweep.yaml --runs 20",
             "sweep run --local sweep.yaml --function train.py:train --json",

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
 
-from safe_lr.guard import CoherenceGuard
+from safe_lr.sweeps.candidates import Candidates, Closures, Makes, Runs, configs, own, stand_ins
 from safe_lr.sweeps.checks import PREFIX, check
 from safe_lr.sweeps.spaces import Interval, space
-
-Closure = Callable[[], Tensor]
-Closures = Closure | Iterable[Closure]
 
 STEPS = 50
 """Protected updates before the limit counts. An adaptive optimizer's limit is 70 to 10,000 times smaller at
@@ -29,9 +25,6 @@ MULTIPLE = 8.0
 RAISE = 4.0
 """Factor by which the ceiling goes up while runs at it train."""
 
-HOPELESS = 1e6
-"""A loss this many times the first one ends a trial run."""
-
 
 @dataclass(frozen=True)
 class Ceiling:
@@ -39,7 +32,7 @@ class Ceiling:
 
     Attributes:
         lr: That lr: a bare run at it was seen to fail. None where nothing is to be cut.
-        lr_limit: The largest limit met in the protected run.
+        lr_limit: The largest limit met in the protected run; NaN if none was needed.
         trained_at: The largest lr at which a bare run was seen to train, None if none was tried or none trained.
         reason: The above in a sentence.
         cost: Gradient evaluations spent.
@@ -56,8 +49,8 @@ def stable_ceiling(
     model_factory: Callable[[], nn.Module],
     closure_factory: Callable[[nn.Module], Closures],
     *,
-    optimizer_factory: Callable[[nn.Module], Optimizer],
     highest: float,
+    optimizer_factory: Makes | Sequence[Makes] | None = None,
     steps: int = STEPS,
     multiple: float = MULTIPLE,
     seed: int = 0,
@@ -66,25 +59,31 @@ def stable_ceiling(
 
     1. A bare run of `steps` updates at `highest`. If it trains, nothing is to be cut.
     2. A protected run of as many updates, in which the limit is measured several times; its largest value counts, since
-       that at initialisation is far too small for an adaptive optimizer.
+       that at initialisation is far too small for an adaptive optimizer. If `highest` is below `multiple` times that,
+       nothing is to be cut.
     3. Bare runs at `multiple * lr_limit`, then at 4 times that, and so on, until one fails: that is the ceiling.
 
     A run trains if the mean loss of its last quarter is below its first loss. So what is cut lies beyond the linear
     limit by `multiple` *and* above an lr that was seen to fail, with `highest` seen to fail as well. What would fail
     only later is not cut.
 
+    Of several optimizers the largest ceiling counts: what is cut, none of them can train.
+
     Args:
         model_factory: Makes a freshly initialised model; torch's seed is set before.
         closure_factory: Given the model, returns a closure of its loss, or an iterable of closures, one a step.
-        optimizer_factory: Given the model, returns its optimizer. Its lrs are scaled so that the largest is the lr in
-            question. There is no default: limits of two optimizers differ by orders of magnitude.
         highest: The upper end of the range.
+        optimizer_factory: Given the model, returns its optimizer, whose lrs are scaled so that the largest is the lr in
+            question; or a list of such functions. Limits of two optimizers differ by orders of magnitude, so give your
+            own. None: SGD with momentum .9 and AdamW at torch's defaults stand in, and the reason says so.
         steps: Updates in each run.
         multiple: Nothing below this many times the limit is cut.
         seed: torch's seed for all runs; the caller's random streams are left alone.
 
     Raises:
-        ValueError: `highest`, `steps` or `multiple` is out of range, or no limit could be measured.
+        TypeError: `optimizer_factory` is no function, or makes an optimizer that has no limit.
+        ValueError: `highest`, `steps` or `multiple` is out of range, no limit could be measured, or a stand-in does not
+            fit the model.
 
     Example:
         >>> made = lambda: torch.nn.Linear(1, 1, bias=False)                     # loss 2 w^2: H = 4, lr_limit = 2 / 4
@@ -94,80 +93,70 @@ def stable_ceiling(
         >>> round(found.lr_limit, 3), round(found.lr, 3)
         (0.5, 4.0)
     """
+    tried = own(optimizer_factory) if optimizer_factory is not None else stand_ins()
+    return _ceiling(tried, model_factory, closure_factory, highest=highest, steps=steps, multiple=multiple, seed=seed)
+
+
+def _ceiling(
+    tried: Candidates,
+    model_factory: Callable[[], nn.Module],
+    closure_factory: Callable[[nn.Module], Closures],
+    *,
+    highest: float,
+    steps: int,
+    multiple: float,
+    seed: int,
+) -> Ceiling:
+    """What `stable_ceiling` finds, with these optimizers."""
     if not (math.isfinite(highest) and highest > 0 and multiple >= 1 and steps >= 4):
         raise ValueError(
             f"highest={highest!r} must be above 0, multiple={multiple!r} at least 1 and steps={steps!r} at least 4"
         )
-
-    def start(lr: float) -> tuple[Optimizer, Iterator[Closure]]:
-        torch.manual_seed(seed)
-        model = model_factory()
-        optimizer = optimizer_factory(model)
-        largest = max(float(group["lr"]) for group in optimizer.param_groups)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * (float(group["lr"]) / largest)
-        return optimizer, _each(closure_factory(model), steps)
-
+    several = [
+        Runs(makes, model_factory, closure_factory, steps, seed, spoken_of=bool(tried.why) or len(tried.makes) > 1)
+        for makes in tried.makes
+    ]
+    why, cost = f". {tried.why}" if tried.why else "", 0.0
+    found: list[Ceiling] = []
     with torch.random.fork_rng():
-        cost = float(steps)
-        if _trains(*start(highest)):
-            return Ceiling(None, math.nan, highest, f"a bare run at lr {highest:.3g} trains: nothing is cut", cost)
-        limit, spent = _largest_limit(*start(highest), seed=seed)
-        cost, ceiling, trained = cost + steps + spent, multiple * limit, None
-        while ceiling < highest:
+        for runs in several:  # all of them before any limit: where one trains, no more need be known
             cost += steps
-            if not _trains(*start(ceiling)):
-                break
-            trained, ceiling = ceiling, RAISE * ceiling
+            if runs.train(highest):
+                reason = f"{runs.whose}a bare run at lr {highest:.3g} trains: nothing is cut{why}"
+                return Ceiling(None, math.nan, highest, reason, cost)
+        for runs in several:
+            one = _climb(runs, highest, multiple)
+            cost += one.cost
+            if one.lr is None:
+                return replace(one, reason=one.reason + why, cost=cost)
+            found.append(one)
+    return Ceiling(
+        lr=max(one.lr for one in found if one.lr is not None),
+        lr_limit=max(one.lr_limit for one in found),
+        trained_at=max((one.trained_at for one in found if one.trained_at is not None), default=None),
+        reason="; ".join(one.reason for one in found) + why,
+        cost=cost,
+    )
+
+
+def _climb(runs: Runs, highest: float, multiple: float) -> Ceiling:
+    """The ceiling of an optimizer whose bare run at `highest` has failed."""
+    limit, spent = runs.largest_limit(highest)
+    ceiling, trained, cost = multiple * limit, None, runs.steps + spent
+    if ceiling > highest:
+        reason = f"{runs.whose}all of it is below {multiple:g} times the largest limit met, {limit:.3g}: nothing is cut"
+        return Ceiling(None, limit, None, reason, cost)
+    while ceiling < highest:
+        cost += runs.steps
+        if not runs.train(ceiling):
+            break
+        trained, ceiling = ceiling, RAISE * ceiling
     ceiling = min(ceiling, highest)
     reason = (
-        f"a bare run at lr {ceiling:.3g} fails within {steps} updates; the largest limit met in a protected one is "
-        f"{limit:.3g}"
+        f"{runs.whose}a bare run at lr {ceiling:.3g} fails within {runs.steps} updates; the largest limit met in a "
+        f"protected one is {limit:.3g}"
     )
     return Ceiling(ceiling, limit, trained, reason, cost)
-
-
-def _each(closures: Closures, steps: int) -> Iterator[Closure]:
-    given = iter([closures] * steps) if callable(closures) else iter(closures)
-    for taken, closure in enumerate(given):
-        if taken == steps:
-            return
-        yield closure
-
-
-def _trains(optimizer: Optimizer, closures: Iterator[Closure]) -> bool:
-    """Whether a bare run lowers the loss."""
-    losses: list[float] = []
-    for closure in closures:
-        optimizer.zero_grad()
-        loss = closure()
-        losses.append(float(loss.detach()))
-        if not math.isfinite(losses[-1]) or losses[-1] > HOPELESS * abs(losses[0]):
-            return False
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-    last = losses[-max(1, len(losses) // 4) :]
-    return sum(last) / len(last) < losses[0]
-
-
-def _largest_limit(optimizer: Optimizer, closures: Iterator[Closure], *, seed: int) -> tuple[float, float]:
-    """The largest limit met in a protected run, and what measuring cost."""
-    guard = CoherenceGuard(optimizer, loggers=None, credit=1e6, seed=seed)
-    try:
-        for closure in closures:
-            optimizer.zero_grad()
-            closure().backward()  # type: ignore[no-untyped-call]
-            guard.observe(closure)
-            optimizer.step()
-        met = [d.limits.get("momentum", d.lr_limit) if d.limits else d.lr_limit for d in guard.history]
-        limits = [limit for limit in met if limit is not None and math.isfinite(limit)]
-        if not limits:
-            last = guard.last_decision
-            why = "no update was made" if last is None else last.failure or last.reason
-            raise ValueError(f"no limit could be measured ({why}): check closure_factory and optimizer_factory")
-        return max(limits), guard.summary().cost
-    finally:
-        guard.close()
 
 
 def clip_to_stable(
@@ -175,7 +164,7 @@ def clip_to_stable(
     model_factory: Callable[[], nn.Module],
     closure_factory: Callable[[nn.Module], Closures],
     *,
-    optimizer_factory: Callable[[nn.Module], Optimizer],
+    optimizer_factory: Makes | Sequence[Makes] | None = None,
     parameter: str = "lr",
     steps: int = STEPS,
     multiple: float = MULTIPLE,
@@ -186,6 +175,10 @@ def clip_to_stable(
     The rule is `stable_ceiling`'s. A range is cut at the ceiling, values from it on are dropped, and the config's
     `description` says so. Only the upper end is cut: an lr that is too small is slow, not unstable.
 
+    Whose runs decide: those of `optimizer_factory`; else of torch's optimizers that the config's parameter `optimizer`
+    names ("adam", "SGD"); else of SGD and AdamW, which stand in, as the `description` says. Of several, what one can
+    train is not cut. SGD's momentum is what the config's `momentum` lists, or .9; all else is at torch's defaults.
+
     Args:
         config: A valid config, left as it is.
         model_factory, closure_factory, optimizer_factory, steps, multiple, seed: See `stable_ceiling`.
@@ -195,20 +188,22 @@ def clip_to_stable(
         A copy. One that sweeps no lr but follows the limit (`safe_lr.follow_limit`) has nothing to be cut.
 
     Raises:
+        TypeError: See `stable_ceiling`.
         ValueError: The config is invalid or has no such parameter, its distribution has no ends or holds integers only,
-            or nothing of it can train.
+            its `optimizer` is none of torch's or does not fit the model, or nothing of the range can train.
 
     Example:
         >>> config = {"method": "random", "parameters": {"lr": {"values": [0.1, 1.0, 10.0]}}}
-        >>> made = lambda: torch.nn.Linear(1, 1, bias=False)                            # loss 2 w^2: lr_limit = 2 / 4
-        >>> clipped = clip_to_stable(
-        ...     config,
-        ...     made,
-        ...     lambda model: lambda: 2 * (model.weight**2).sum(),
-        ...     optimizer_factory=lambda model: torch.optim.SGD(model.parameters(), lr=1.0),
-        ... )
-        >>> clipped["parameters"]["lr"]                                                 # cut from 8 * 0.5 on
+        >>> def made():                                                          # loss 2 w^2, for SGD with momentum .9:
+        ...     model = torch.nn.Linear(1, 1, bias=False)                        # lr_limit = 2 (1 + .9) / 4 = .95
+        ...     torch.nn.init.constant_(model.weight, 0.001)                     # AdamW's is in units of w: far lower
+        ...     return model
+        >>> clipped = clip_to_stable(config, made, lambda model: lambda: 2 * (model.weight**2).sum())
+        >>> clipped["parameters"]["lr"]                                          # cut from about 8 * .95 on
         {'values': [0.1, 1.0]}
+        >>> clipped["description"].split(". ")[1]
+        'The config names no optimizer, so SGD with momentum 0.9 and AdamW at its defaults were assumed: name yours in
+        its parameter optimizer, or pass optimizer_factory=.'
     """
     check(config)
     clipped = copy.deepcopy(dict(config))
@@ -222,10 +217,11 @@ def clip_to_stable(
     if isinstance(lrs, Interval) and lrs.integer:
         raise ValueError(f"parameters.{parameter}: min and max are integers, and so every draw is one: write floats")
     ends = (lrs.low, lrs.high) if isinstance(lrs, Interval) else (min(lrs.values), max(lrs.values))
-    found = stable_ceiling(
+    tried = own(optimizer_factory) if optimizer_factory is not None else configs(parameters)
+    found = _ceiling(
+        tried,
         model_factory,
         closure_factory,
-        optimizer_factory=optimizer_factory,
         highest=float(ends[1]),
         steps=steps,
         multiple=multiple,

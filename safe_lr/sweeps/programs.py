@@ -7,11 +7,16 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safe_lr.sweeps.config import COMMAND
+from safe_lr.sweeps.pruning import PRUNED
+
+GRACE = 10.0
+"""Seconds that a program has to end in when it is asked to."""
 
 
 def load_function(target: str) -> Callable[..., Any]:
@@ -97,11 +102,79 @@ def command_line(config: Mapping[str, Any], params: Mapping[str, Any]) -> list[s
     return words
 
 
-def program_of(config: Mapping[str, Any], *, folder: str | Path = ".") -> Callable[[dict[str, Any]], dict[str, Any]]:
+class Program:
+    """A config's program as a function of its parameters; `program_of` makes it.
+
+    It runs with W&B switched off (WANDB_MODE=disabled), unless the environment says otherwise.
+    """
+
+    def __init__(self, config: Mapping[str, Any], folder: str | Path) -> None:
+        self._config, self._folder = config, folder
+
+    def __call__(
+        self, params: dict[str, Any], judge: Callable[[dict[str, Any]], str | None] | None = None
+    ) -> dict[str, Any]:
+        """Returns the program's figures: its last line that is a JSON object.
+
+        Args:
+            params: What it runs with.
+            judge: Called with the figures of each such line as it comes. Where it returns a reason the program is
+                ended, and its figures are that reason alone, as `safe_lr_pruned`.
+
+        Raises:
+            RuntimeError: The program failed.
+        """
+        environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+        environment.setdefault("WANDB_MODE", "disabled")
+        if judge is not None:  # Python keeps what it prints into a pipe until there are 8 KB of it
+            environment.setdefault("PYTHONUNBUFFERED", "1")
+        with (
+            tempfile.TemporaryFile("w+", errors="replace") as complaints,
+            subprocess.Popen(
+                command_line(self._config, params),
+                cwd=self._folder,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=complaints,
+                text=True,
+            ) as process,
+        ):
+            printed: list[str] = []
+            try:
+                for line in process.stdout or ():
+                    printed.append(line)
+                    reason = None if judge is None else judge(last_figures(line))
+                    if reason is not None:
+                        _end(process)
+                        return {PRUNED: reason}
+                status = process.wait()
+            except BaseException:  # Ctrl-C among them: the program must not outlive us
+                process.kill()
+                raise
+            complaints.seek(0)
+            said = "".join(printed)
+            if status:
+                last = (complaints.read() or said).strip().splitlines()[-1:] or ["it printed nothing"]
+                raise RuntimeError(
+                    f"{self._config.get('program', 'the command')} ended with status {status}: {last[0]}"
+                )
+        return last_figures(said)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Ends a program: asked first, so that it may clean up."""
+    process.terminate()
+    try:
+        process.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+
+
+def program_of(config: Mapping[str, Any], *, folder: str | Path = ".") -> Program:
     """Returns a function that runs the config's program for given parameters and reads its figures.
 
-    The program prints its figures as its last line that is a JSON object: `{"val_loss": 0.31}`. It runs with W&B
-    switched off (WANDB_MODE=disabled), unless the environment says otherwise.
+    The program prints its figures as its last line that is a JSON object: `{"val_loss": 0.31}`. Where the config has
+    `early_terminate`, `search` goes by such lines while it runs.
 
     Args:
         config: A sweep config with a `program`.
@@ -113,19 +186,7 @@ def program_of(config: Mapping[str, Any], *, folder: str | Path = ".") -> Callab
     command_line(config, {})  # what is wrong is said before anything runs
     if "${program}" in config.get("command", COMMAND) and not (Path(folder) / config["program"]).is_file():
         raise ValueError(f"program: there is no file {config['program']!r} in {Path(folder).resolve()}")
-
-    def run(params: dict[str, Any]) -> dict[str, Any]:
-        environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
-        environment.setdefault("WANDB_MODE", "disabled")
-        done = subprocess.run(
-            command_line(config, params), cwd=folder, env=environment, capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            last = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["it printed nothing"]
-            raise RuntimeError(f"{config.get('program', 'the command')} ended with status {done.returncode}: {last[0]}")
-        return last_figures(done.stdout)
-
-    return run
+    return Program(config, folder)
 
 
 def last_figures(printed: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
 import json
@@ -17,8 +18,10 @@ from typing import IO, Any, Literal, Protocol
 
 from safe_lr.loggers import is_stop_request
 from safe_lr.sweeps.checks import check, wandbs_search
+from safe_lr.sweeps.programs import Program
 from safe_lr.sweeps.pruning import PRUNED
 from safe_lr.sweeps.spaces import Choice, space
+from safe_lr.sweeps.stopping import Stopping
 
 ENGINES = ("auto", "sweeps", "optuna", "built-in")
 Status = Literal["finished", "pruned", "failed"]
@@ -74,7 +77,8 @@ def search(
     """Searches a sweep config's space here and now, with no server and no account.
 
     Args:
-        config: A sweep config. `early_terminate` is for W&B's server: it is not applied, and a warning says so.
+        config: A sweep config. Its `early_terminate` ends programs (`program_of`) by what they print while they run; to
+            a function it is not applied, and a warning says so.
         train: Takes the parameters by name and returns the metric, or a mapping with it. What it raises is recorded,
             and the search goes on.
         runs: Most trials; None takes the config's `run_cap`, else 10 (a grid ends by itself).
@@ -100,8 +104,7 @@ def search(
     check(config)
     if runs is not None and runs < 1:
         raise ValueError(f"runs={runs!r} must be at least 1")
-    if "early_terminate" in config:
-        warnings.warn("early_terminate is applied by W&B's server only, not by a local search", stacklevel=2)
+    stopping = _stopping(config, train)
     asked = make_engine(config, engine, seed)
     most = runs or config.get("run_cap") or (None if config["method"] == "grid" else 10)
     metric = (config.get("metric") or {}).get("name", "val_loss")
@@ -111,14 +114,35 @@ def search(
             params = asked.ask()
             if params is None:
                 break
-            trial = _run(train, len(trials), params, metric)
+            trial = _run(_judged(train, stopping), len(trials), params, metric)
             asked.tell(trial)
             trials.append(trial)
             if file is not None and not _written(file, trial):
                 file = None
             if told is not None:
                 told(trial)
+    if stopping is not None and len(trials) > 1 and all(len(history) < 2 for history in stopping.histories):
+        why = f"no run printed more than one line of JSON with {metric!r}"
+        warnings.warn(f"early_terminate had nothing to go by: {why}", stacklevel=2)
     return trials
+
+
+def _stopping(config: Mapping[str, Any], train: Train) -> Stopping | None:
+    """What ends runs early, where the config asks for it and it can be done."""
+    if "early_terminate" not in config:
+        return None
+    if isinstance(train, Program):
+        return Stopping.of(config)
+    why = "a local search ends programs early, by the figures that they print, and no functions"
+    warnings.warn(f"early_terminate is not applied: {why}", stacklevel=3)
+    return None
+
+
+def _judged(train: Train, stopping: Stopping | None) -> Train:
+    if stopping is None or not isinstance(train, Program):
+        return train
+    stopping.begin()
+    return functools.partial(train, judge=stopping.judge)
 
 
 def _run(train: Train, number: int, params: dict[str, Any], metric: str) -> Trial:

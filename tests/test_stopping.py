@@ -1,0 +1,161 @@
+"""Runs that are ended early: the rule against W&B's own, and programs that are ended while they run."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from safe_lr.sweeps import best, program_of, search
+from safe_lr.sweeps.stopping import Stopping, bands
+
+CONFIG: dict[str, Any] = {
+    "method": "grid",
+    "metric": {"name": "loss", "goal": "minimize"},
+    "parameters": {"lr": {"values": [0.1, 0.2, 0.3]}},
+    "program": "train.py",
+    "early_terminate": {"type": "hyperband", "min_iter": 2},
+}
+
+SETTINGS: list[dict[str, Any]] = [
+    {"min_iter": 1},
+    {"min_iter": 2, "eta": 2},
+    {"min_iter": 2, "eta": 2.5, "strict": False},
+    {"min_iter": 3, "eta": 1.3},
+    {"max_iter": 9, "s": 2},
+    {"max_iter": 20, "s": 4, "eta": 2, "strict": True},
+]
+
+
+def told(settings: dict[str, Any], goal: str, histories: list[list[float]]) -> str | None:
+    """What is said of the last of these runs."""
+    config = CONFIG | {"early_terminate": {"type": "hyperband", **settings}, "metric": {"name": "loss", "goal": goal}}
+    stopping = Stopping.of(config)
+    for history in histories:
+        stopping.begin()
+        for value in history:
+            stopping.judge({"loss": value})
+    return stopping.verdict()
+
+
+@pytest.mark.parametrize("goal", ["minimize", "maximize"])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_the_rule_is_wandbs(settings: dict[str, Any], goal: str) -> None:
+    sweeps = pytest.importorskip("sweeps")
+    config = CONFIG | {"early_terminate": {"type": "hyperband", **settings}, "metric": {"name": "loss", "goal": goal}}
+    stream, seen = random.Random(0), set()
+    for _ in range(200):
+        counts = [stream.randint(1, 12) for _ in range(stream.randint(1, 14))]
+        histories = [[round(stream.uniform(0, 3), 1) for _ in range(count)] for count in counts]
+        runs = [
+            sweeps.SweepRun(name=str(index), state=sweeps.RunState.finished, history=[{"loss": v} for v in history])
+            for index, history in enumerate(histories)
+        ]
+        runs[-1].state = sweeps.RunState.running
+        theirs = bool(sweeps.stop_runs(config, runs))
+        assert (told(settings, goal, histories) is not None) is theirs
+        seen.add(theirs)
+    assert seen == {True, False}
+
+
+def test_the_rule_on_numbers_that_can_be_checked_by_hand() -> None:
+    earlier = [[3.0, 1.0, 1.0, 0.5], [3.0, 2.0, 2.0, 2.0]]
+    for history, stopped in (
+        ([9.0], False),  # no band yet
+        ([9.0, 0.9], False),  # the best of three after 2
+        ([9.0, 1.5], False),  # int(3 / 2) = 1: the second best still is among the best half
+        ([9.0, 2.5], True),
+        ([9.0, 0.9, 9.0], False),  # what comes between two bands does not count
+        ([9.0, 0.9, 9.0, 9.0], True),
+    ):
+        assert (told({"min_iter": 2, "eta": 2}, "minimize", [*earlier, history]) is not None) is stopped
+    assert told({"min_iter": 2, "eta": 2, "strict": False}, "minimize", [*earlier, [0.9, 2.5]]) is None
+    assert told({"min_iter": 1}, "minimize", [[1.0, 1.0]]) is None, "the first has nobody to be worse than"
+    assert told({"min_iter": 1}, "maximize", [[0.9], [0.5]]) == (
+        "loss 0.5 after 1 reports is beyond 0.9, the bound of the best 1/3 of 2 runs (early_terminate)"
+    )
+    assert bands({"max_iter": 2, "s": 5}) == []
+
+
+TRAIN = """
+import argparse, json, pathlib, signal, sys, time
+parser = argparse.ArgumentParser()
+parser.add_argument("--lr", type=float)
+lr = parser.parse_args().lr
+print("begins")
+{before}
+for step in range(4):
+    print(json.dumps({{"loss": lr, "step": step}}))
+    if lr > 0.1 and step == 2:
+        time.sleep(60)
+pathlib.Path(f"done-{{lr}}").touch()
+"""
+
+
+def written(folder: Path, before: str = "") -> dict[str, Any]:
+    (folder / "train.py").write_text(TRAIN.format(before=before))
+    return CONFIG
+
+
+def test_a_program_is_ended_while_it_runs(tmp_path: Path) -> None:
+    config = written(tmp_path)
+    started = time.perf_counter()
+    trials = search(config, program_of(config, folder=tmp_path), engine="built-in", log_path=tmp_path / "trials.jsonl")
+    assert time.perf_counter() - started < 30, "nobody waited for the sleepers"
+    assert [trial.status for trial in trials] == ["finished", "pruned", "pruned"]
+    assert trials[1].reason == (
+        "loss 0.2 after 2 reports is beyond 0.1, the bound of the best 1/3 of 2 runs (early_terminate)"
+    )
+    assert best(trials) is trials[0]
+    assert [path.name for path in tmp_path.glob("done-*")] == ["done-0.1"]
+    lines = [json.loads(line) for line in (tmp_path / "trials.jsonl").read_text().splitlines()]
+    assert [line["status"] for line in lines] == ["finished", "pruned", "pruned"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGTERM"), reason="there is no such signal")
+def test_one_that_does_not_heed_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("safe_lr.sweeps.programs.GRACE", 0.2)
+    config = written(tmp_path, "signal.signal(signal.SIGTERM, signal.SIG_IGN)")
+    started = time.perf_counter()
+    assert program_of(config, folder=tmp_path)({"lr": 0.5}, judge=lambda figures: "enough" if figures else None) == {
+        "safe_lr_pruned": "enough"
+    }
+    assert time.perf_counter() - started < 30
+
+
+def test_a_program_does_not_outlive_an_interruption(tmp_path: Path) -> None:
+    config = written(tmp_path)
+
+    def interrupted(figures: dict[str, Any]) -> None:
+        if figures.get("step") == 2:
+            raise KeyboardInterrupt
+
+    started = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        program_of(config, folder=tmp_path)({"lr": 0.5}, judge=interrupted)
+    assert time.perf_counter() - started < 30
+    assert not list(tmp_path.glob("done-*"))
+
+
+def test_a_last_report_never_ends_a_run_and_one_alone_is_said_to_be_too_few(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(
+        "import sys, json\nprint(json.dumps({'loss': float(sys.argv[-1].split('=')[1])}))"
+    )
+    config = CONFIG | {"early_terminate": {"type": "hyperband", "min_iter": 1}}
+    with pytest.warns(UserWarning, match="nothing to go by: no run printed more than one line of JSON with 'loss'"):
+        trials = search(config, program_of(config, folder=tmp_path), engine="built-in")
+    assert [trial.value for trial in trials] == [0.1, 0.2, 0.3]
+
+
+def test_what_is_no_number_is_no_report() -> None:
+    stopping = Stopping({"type": "hyperband", "min_iter": 1}, "loss", 1)
+    stopping.begin()
+    for value in (float("nan"), float("inf"), None, "0.1", True):
+        assert stopping.judge({"loss": value}) is None
+    assert list(itertools.chain(*stopping.histories)) == []
