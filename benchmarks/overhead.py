@@ -4,8 +4,9 @@
 
 Two copies of a model train in one process on the same batches, one step each in turns, and each step is timed. The
 ratio of the two sums is the overhead in wall time, read at several lengths of run; beside it stands what was counted,
-in gradient evaluations per step, and what single measurements and trial steps took in units of a plain step. Two tasks run 10,000 steps, the others 1,000; a cap that binds costs trial steps on
-top, so each runs at the tuned lr and 100 times above it.
+in gradient evaluations per step, and what single measurements and trial steps took in units of a plain step. Two tasks
+run 10,000 steps, the others 1,000; a cap that binds costs trial steps on top, so each runs at the tuned lr and 100
+times above it.
 """
 
 from __future__ import annotations

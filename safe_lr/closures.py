@@ -265,6 +265,7 @@ def leave_no_trace(params: Sequence[Tensor]) -> Iterator[Untouched]:
     rng = RandomState.capture([p.device for p in params])
     values = [p.detach().clone() for p in params]
     modules: dict[nn.Module, _ModuleState] = {}
+    twice = False
 
     def remember(module: nn.Module, args: object = None) -> None:
         if module in modules:
@@ -284,7 +285,6 @@ def leave_no_trace(params: Sequence[Tensor]) -> Iterator[Untouched]:
             twice = True
             back.enter_context(sdpa_kernel(SDPBackend.MATH))
 
-    twice = False
     with contextlib.ExitStack() as back:  # undoes all of it, last first, also when one part fails
         back.callback(rng.restore)
         for parameter, value in zip(params, values, strict=True):
