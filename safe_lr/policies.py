@@ -103,8 +103,8 @@ LONGEST_GAP = 10**9
 """Where gaps stop growing, far beyond any run."""
 
 TRIAL_PART = 0.375
-"""Part of the budget that trial steps between measurements may take; the rest keeps the limit itself fresh. In the first
-1,000 updates it pays for one run of them every 30 or so."""
+"""Part of the budget that trial steps between measurements may take; the rest keeps the limit itself fresh. In the
+first 1,000 updates it pays for one run of them every 30 or so."""
 
 
 @dataclass(frozen=True)
