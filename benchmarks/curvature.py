@@ -460,6 +460,7 @@ def parts(point: Point, repeats: int) -> dict[str, float]:
     params = copy.params
     spent: dict[str, list[float]] = {"gradient": [], "graph": [], "product": [], "forward": []}
     with leave_no_trace(params) as untouched:
+        untouched.differentiate_twice()
         for _ in range(repeats):
             spent["gradient"].append(seconds(lambda: gradient(other))[0])
             taken, _, curvature = seconds(lambda: exact_hessian(untouched.call(copy.loss), params))

@@ -92,20 +92,21 @@ def of_products(point: Point) -> dict[str, Peak]:
 
         loss()  # the buffers are remembered at the first call, outside the account
         made = {
-            "retained": lambda: exact_hessian(loss(), params),
-            "lean": lambda: lean_hessian(loss, params),
             "finite-difference": lambda: finite_difference_hessian(loss, params),
             "one-sided": lambda: finite_difference_hessian(loss, params, one_sided=True),
+            "retained": lambda: exact_hessian(loss(), params),
+            "lean": lambda: lean_hessian(loss, params),
         }
-        saved = peak_of(lambda: _graph(loss(), params))
-        found["saved"] = Peak(saved.left, saved.left, "")
-        found["elsewhere"] = peak_of(lambda: _elsewhere(loss, params, vectors))
         for name, make in made.items():
             if name == "retained":  # its graph is part of what it takes
+                untouched.differentiate_twice()
                 found[name] = peak_of(lambda: make().product(vectors))  # noqa: B023 (called at once)
             else:
                 product = make().product
                 found[name] = peak_of(lambda: product(vectors))  # noqa: B023
+        saved = peak_of(lambda: _graph(loss(), params))
+        found["saved"] = Peak(saved.left, saved.left, "")
+        found["elsewhere"] = peak_of(lambda: _elsewhere(loss, params, vectors))
     return found
 
 

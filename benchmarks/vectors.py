@@ -124,6 +124,7 @@ def operators(points: dict[str, Point]) -> Iterator[tuple[str, Point, bool, Matv
     for at, point in points.items():
         params, adam = point.params, Adam()
         with leave_no_trace(params) as untouched:
+            untouched.differentiate_twice()
             curvature = exact_hessian(untouched.call(point.loss), params)
             states = [point.optimizer.state[p] for p in params]
             group = point.optimizer.param_groups[0]
