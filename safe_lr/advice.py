@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from safe_lr.decisions import Decision, Figures, Summary
@@ -67,18 +67,18 @@ class Course:
     """A run's `Figures` as it goes on, in running numbers of a fixed size.
 
     Attributes:
-        so_far: The figures but for `pressure`, a median ...
+        so_far: The figures by name (a plain dict, since they move with every update) but for `pressure`, a median ...
         pressures: ... of the capped updates by desired / applied lr: `{k: n}`, n of them at BIN ** k.
 
     Example:
         >>> course = Course()
         >>> for step in range(20):
         ...     course.step(step, desired=1.0, applied=0.25, cap=0.25, lr_limit=0.5)
-        >>> course.figures()["pressure_max"], course.so_far.last_capped_step, course.so_far.cap_low
-        (4.0, 19, 0.25)
+        >>> [course.so_far[name] for name in ("pressure_max", "last_capped_step", "cap_low")]
+        [4.0, 19, 0.25]
     """
 
-    so_far: Figures = field(default_factory=Figures)
+    so_far: dict[str, Any] = field(default_factory=lambda: asdict(Figures()))
     pressures: dict[int, int] = field(default_factory=dict)
 
     def step(
@@ -101,30 +101,30 @@ class Course:
             lr_limit: The limit in force, None where there was none.
             times: How many updates it stands for.
         """
-        was, is_now = self.so_far, dict[str, Any]()
         if cap is None:
-            is_now["unprotected_steps"] = was.unprotected_steps + times
+            self.so_far["unprotected_steps"] += times
         elif step >= YOUNG:
-            is_now["cap_low"] = _lower(cap, was.cap_low)
+            self._lower("cap_low", cap)
         if lr_limit is not None and applied > lr_limit:
-            is_now["beyond_steps"] = was.beyond_steps + times
+            self.so_far["beyond_steps"] += times
+        self._raise("lr_applied_high", applied)
         if desired is not None:
-            is_now["lr_desired_low"] = _lower(desired, was.lr_desired_low)
-            is_now["lr_desired_high"] = _higher(desired, was.lr_desired_high)
+            self._lower("lr_desired_low", desired)
+            self._raise("lr_desired_high", desired)
         if desired is not None and 0 < applied < desired:
             pressure = min(desired / applied, MOST)  # a denormal lr has an infinite one
-            is_now["last_capped_step"] = step + times - 1
-            is_now["pressure_max"] = _higher(pressure, was.pressure_max)
+            self.so_far["last_capped_step"] = step + times - 1
+            self._raise("pressure_max", pressure)
             place = round(math.log(pressure, BIN))
             self.pressures[place] = self.pressures.get(place, 0) + times
-        self.so_far = replace(was, lr_applied_high=_higher(applied, was.lr_applied_high), **is_now)
 
     def tried(self, length: float, *, failed: bool) -> None:
         """Takes the last trial step of several in; `length` in units of the planned one. Not of young runs: they search
         from far beyond."""
-        was = self.so_far
-        room = was.trial_room if failed else _lower(length, was.trial_room)
-        self.so_far = replace(was, trials=was.trials + 1, trials_failed=was.trials_failed + failed, trial_room=room)
+        self.so_far["trials"] += 1
+        self.so_far["trials_failed"] += failed
+        if not failed:
+            self._lower("trial_room", length)
 
     def measured(self, *, differences: bool, inferred: bool, unrepeatable: bool, summed: float | None) -> None:
         """Takes in what a measurement that did not fail gives reason to doubt.
@@ -133,38 +133,34 @@ class Course:
             differences, inferred, unrepeatable: See `Figures`.
             summed: The ratio of the training gradient to the closure's, where backward passes were probably added up.
         """
-        was = self.so_far
-        self.so_far = replace(
-            was,
-            differences=was.differences + differences,
-            inferred=was.inferred or inferred,
-            unrepeatable=was.unrepeatable or unrepeatable,
-            summed=was.summed + (summed is not None),
-            gradient_ratio=was.gradient_ratio if summed is None else _higher(summed, was.gradient_ratio),
-        )
+        self.so_far["differences"] += differences
+        self.so_far["inferred"] |= inferred
+        self.so_far["unrepeatable"] |= unrepeatable
+        if summed is not None:
+            self.so_far["summed"] += 1
+            self._raise("gradient_ratio", summed)
 
     def decide(self, decision: Decision) -> None:
         """Takes a decision in: whether its eigenvalues converged, the betas, and updates that were not made."""
-        was = self.so_far
-        self.so_far = replace(
-            was,
-            unconverged=was.unconverged + (decision.num_matvecs > 0 and decision.converged is False),
-            drops=was.drops + (decision.action == "drop"),
-            rewinds=was.rewinds + (decision.action == "rewind"),
-            beta1=was.beta1 if decision.beta1 is None else decision.beta1,
-            beta2=was.beta2 if decision.beta2 is None else decision.beta2,
-            beta1_first=decision.beta1 if was.beta1_first is None else was.beta1_first,
-            beta2_first=decision.beta2 if was.beta2_first is None else was.beta2_first,
-        )
+        self.so_far["unconverged"] += decision.num_matvecs > 0 and decision.converged is False
+        self.so_far["drops"] += decision.action == "drop"
+        self.so_far["rewinds"] += decision.action == "rewind"
+        for name, beta in (("beta1", decision.beta1), ("beta2", decision.beta2)):
+            if beta is not None:
+                self.so_far[name] = beta
+                if self.so_far[f"{name}_first"] is None:
+                    self.so_far[f"{name}_first"] = beta
 
     def figures(self) -> dict[str, Any]:
         """Returns the figures so far, as `Summary` takes them."""
-        return vars(replace(self.so_far, pressure=self._median()))
+        return {**self.so_far, "pressure": self._median()}
 
     @classmethod
     def from_state_dict(cls, saved: dict[str, Any]) -> Course:
         """Restores `asdict(course)`; what is missing there is new."""
-        return cls(Figures(**saved.get("so_far", {})), {int(k): n for k, n in saved.get("pressures", {}).items()})
+        return cls(
+            asdict(Figures(**saved.get("so_far", {}))), {int(k): n for k, n in saved.get("pressures", {}).items()}
+        )
 
     def _median(self) -> float | None:
         """The median of desired / applied over the capped updates."""
@@ -172,8 +168,18 @@ class Course:
         for place in sorted(self.pressures):
             seen += self.pressures[place]
             if seen >= half:
-                return min(float(BIN**place), self.so_far.pressure_max or math.inf)
+                return min(float(BIN**place), self.so_far["pressure_max"] or math.inf)
         return None
+
+    def _lower(self, name: str, value: float) -> None:
+        low = self.so_far[name]
+        if low is None or value < low:
+            self.so_far[name] = value
+
+    def _raise(self, name: str, value: float) -> None:
+        high = self.so_far[name]
+        if high is None or value > high:
+            self.so_far[name] = value
 
 
 def advise(summary: Summary) -> list[Advice]:
@@ -373,11 +379,3 @@ def _percent(share: float) -> str:
     if 0 < share < 0.01:
         return "under 1 %"
     return "over 99 %" if 0.99 < share < 1 else f"{100 * share:.0f} %"
-
-
-def _lower(value: float, than: float | None) -> float:
-    return value if than is None else min(value, than)
-
-
-def _higher(value: float, than: float | None) -> float:
-    return value if than is None else max(value, than)

@@ -53,6 +53,7 @@ class Rates:
         self.shares: list[float] = []
         self._written: list[float | None] = [None] * len(self.desired)
         self._top = 0.0  # the largest lr_ref that an update was asked to make
+        self._known: list[float] | None = None  # what the groups held when all the above was brought up to date
 
     @property
     def reference(self) -> int:
@@ -105,10 +106,12 @@ class Rates:
     def read(self) -> None:
         """Takes over lrs that someone else wrote, and groups that were added."""
         applied = self.applied
+        if applied == self._known:
+            return  # nobody has written any since
         present = self._present(applied)
         self._written += [None] * (len(present) - len(self._written))
         self._written = [w if w == lr else None for w, lr in zip(self._written, applied, strict=True)]
-        self.desired = present
+        self.desired, self._known = present, applied
 
     def _present(self, applied: list[float]) -> list[float]:
         known = len(self.desired)
@@ -124,9 +127,12 @@ class Rates:
             if self._written[index] is not None:
                 _write(group, self.desired[index])
                 self._written[index] = None
+        self._known = self.applied
 
     def drifted(self) -> bool:
         """Whether groups or their shares have changed so much since the measurement that a new one is due."""
+        if len(self.desired) == len(self.shares) == 1:
+            return False  # a single group's is 1
         now = self.present_shares()
         grown = any(new > DRIFT * old for new, old in zip(now, self.shares, strict=False))
         return bool(self.shares) and (len(now) != len(self.shares) or grown)
@@ -155,6 +161,7 @@ class Rates:
             elif self._written[index] is not None:
                 _write(group, self.desired[index])
                 self._written[index] = None
+        self._known = self.applied
 
     def _scale(self, cap: float | None) -> float:
         known = [(lr, share) for lr, share in zip(self.desired, self.shares, strict=False) if lr > 0 and share > 0]
@@ -181,7 +188,7 @@ class Rates:
                 "the missing groups before load_state_dict()"
             )
         self.desired, self.shares = list(state["desired"]), list(state["shares"])
-        self._written = list(state["written"])
+        self._written, self._known = list(state["written"]), None
         self._top = state.get("top", 0.0)  # not in states of the first versions
 
     def present_shares(self) -> list[float]:

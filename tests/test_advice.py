@@ -163,7 +163,7 @@ def test_the_median_is_right_to_its_bin_and_nothing_grows_with_the_run():
         exact.append(10 ** random.uniform(0.1, 3))
         course.step(step, desired=exact[-1], applied=1.0, cap=1.0, lr_limit=2.0)
     assert course.figures()["pressure"] == pytest.approx(statistics.median(exact), rel=BIN - 1)
-    assert course.so_far.pressure_max == pytest.approx(max(exact))
+    assert course.so_far["pressure_max"] == pytest.approx(max(exact))
     assert len(course.pressures) <= 1 + math.log(1000, BIN)
     assert sum(course.pressures.values()) == 3000
 
@@ -174,7 +174,7 @@ def test_what_an_update_leaves_behind():
     course.step(1, desired=1.0, applied=0.001, cap=0.001, lr_limit=0.01)  # young: that cap says nothing
     course.step(YOUNG, desired=0.5, applied=0.3, cap=0.3, lr_limit=0.2, times=10)
     course.step(YOUNG + 10, desired=0.1, applied=0.1, cap=0.25, lr_limit=0.2)
-    so_far = course.so_far
+    so_far = Figures(**course.so_far)
     assert so_far.unprotected_steps == 1 and so_far.beyond_steps == 10
     assert (so_far.lr_desired_low, so_far.lr_desired_high, so_far.lr_applied_high) == (0.1, 1.0, 1.0)
     assert so_far.cap_low == 0.25 and so_far.last_capped_step == YOUNG + 9
@@ -184,7 +184,7 @@ def test_what_an_update_leaves_behind():
 def test_a_zero_lr_is_not_under_pressure():
     course = Course()
     course.step(0, desired=0.0, applied=0.0, cap=1.0, lr_limit=2.0)
-    assert course.so_far.pressure_max is None and course.so_far.last_capped_step is None
+    assert course.so_far["pressure_max"] is None and course.so_far["last_capped_step"] is None
     assert course.figures()["pressure"] is None
 
 

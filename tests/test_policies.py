@@ -323,7 +323,7 @@ def test_after_a_rewind_room_raises_no_limit_either() -> None:
     made.state.calm_until = made.state.updates + 10
     assert made.settle_trial(room(made, 0.01), 100.0) is None
     assert (made.state.alone, made.state.trial, made.state.figures["lr_limit"]) == (True, "fine", 0.01)
-    assert made.state.course.so_far.trials == 1
+    assert made.state.course.so_far["trials"] == 1
 
 
 def test_the_next_measurement_ends_what_counts_alone() -> None:
