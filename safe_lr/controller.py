@@ -11,6 +11,8 @@ from safe_lr.decisions import Action
 from safe_lr.measurement import Measurement
 from safe_lr.policies import (
     FAILED,
+    FOLLOW_EACH,
+    FOLLOW_EVERY,
     FREE_UPDATES,
     HALVINGS,
     MARGIN_MIN,
@@ -242,6 +244,13 @@ class Controller:
         lengths = {"roomy": ROOM / self.policy.trial_slack, "fine": 1 / self.policy.trial_slack}
         longer = lengths.get(self.state.trial or "") if self.policy.learns else None
         return None if self.state.cap is None else pressure(lr_ref, self.state.cap, longer=longer)
+
+    @property
+    def follows(self) -> bool:
+        """Whether c of the coming step is to be looked at."""
+        state = self.state
+        often = state.updates < FOLLOW_EACH or state.updates % FOLLOW_EVERY == 0
+        return state.cap is not None and state.following and often
 
     def follow(self, rules: list[UpdateRule | None]) -> None:
         """Carries limit and margin over to the coming step: gamma stays until it is measured again, c is known at each.

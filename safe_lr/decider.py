@@ -108,7 +108,7 @@ class Decider:
         if self.rewinder is not None and self._refused(self.rewinder, size, loss, observed):
             return
         early = self._outdated()
-        if state.cap is not None and state.following:
+        if control.follows:
             control.follow(self._rules())
         usual, alarm = state.trend, state.trend.alarming(size)
         state.trend = usual.after(size)
