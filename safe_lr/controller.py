@@ -131,7 +131,8 @@ class Controller:
 
     def affordable(self, *, alarm: bool) -> float:
         """Returns the gradient evaluations that a measurement may cost now."""
-        return affordable(self.policy, updates=self.state.updates, spent=self.state.cost, alarm=alarm)
+        state = self.state
+        return affordable(self.policy, updates=state.updates, spent=state.cost - state.look_cost, alarm=alarm)
 
     @property
     def wandered(self) -> bool:

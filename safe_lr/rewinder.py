@@ -140,7 +140,7 @@ class Rewinder:
             self._go_on(known, closures, control, rates)
             return None
         signs, cost = self._looked_at(broken, outlier, closures)
-        control.state.cost += cost
+        control.state.looked(cost)
         action = judge(signs, self._losses)
         if action == "apply":
             self._watching = suspicious  # what this update does shows at the next one

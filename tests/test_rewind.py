@@ -464,6 +464,17 @@ def test_a_dropped_update_leaves_betas_and_eps_alone(option: str) -> None:
     assert any(d.action == option[5:] for d in clean.guard.history)
 
 
+def test_looking_back_leaves_the_budget_of_measurements_alone() -> None:
+    """Where many batches look wrong looks had spent it all, and no limit was measured for a thousand updates."""
+    control = Controller(Policy(), least_cost=8.0)
+    before = control.affordable(alarm=False), control.affordable(alarm=True)
+    control.state.looked(500.0)
+    assert (control.affordable(alarm=False), control.affordable(alarm=True)) == before
+    assert control.state.summary().cost == 500.0
+    back = control.state.gone_back(Controller(Policy(), least_cost=8.0).state.state_dict())
+    assert (back.cost, back.look_cost) == (500.0, 500.0)
+
+
 # ---- giving up
 
 
