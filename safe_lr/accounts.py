@@ -20,7 +20,7 @@ FIGURES = ("lr_limit", "gamma", "lambda_max", "p_min", "p_eff")
 """A measurement's figures that stay in force until the next one."""
 
 COUNTED = (
-    "updates", "measurements", "failures", "num_matvecs", "cost", "trial_cost", "seconds", "capped_steps",
+    "updates", "measurements", "failures", "num_matvecs", "cost", "look_cost", "trial_cost", "seconds", "capped_steps",
     "first_capped_step", "worst_utilisation", "hvp", "checked", "course",
 )  # fmt: skip
 """What a run has done and spent stays so, also where it goes back to an earlier state."""
@@ -65,6 +65,7 @@ class State:
     failures: int = 0
     num_matvecs: int = 0
     cost: float = 0.0
+    look_cost: float = 0.0  # the part of it spent on comparing with a snapshot
     trial_cost: float = 0.0  # the part of it spent on trial steps between measurements
     seconds: float = 0.0
     capped_steps: int = 0
@@ -72,6 +73,11 @@ class State:
     worst_utilisation: float | None = None
     figures: dict[str, float] = field(default_factory=dict)
     course: Course = field(default_factory=Course)  # what advice is made of
+
+    def looked(self, cost: float) -> None:
+        """Adds what a look back at a snapshot cost; the budget of measurements does not pay for it."""
+        self.cost += cost
+        self.look_cost += cost
 
     def count(self, found: Measurement) -> None:
         """Adds what a measurement or trial cost."""

@@ -18,6 +18,7 @@ from safe_lr.policies import (
     MARGIN_MIN,
     MARGIN_SEARCHED,
     MATURE,
+    MULTIPLE_DRIFT,
     MULTIPLE_START,
     ROOM,
     SETTLED,
@@ -117,6 +118,24 @@ class Controller:
             earlier.cap = min(earlier.cap, used / STEP)
         earlier.calm_until = earlier.updates + max(TRIAL_GAP, earlier.gap)
 
+    def can_cut(self, lr_ref: float) -> bool:
+        """Whether a learned margin is what holds lr back."""
+        return self.policy.learns and self.state.cap is not None and lr_ref > self.state.cap
+
+    def cut(self) -> str | None:
+        """Cuts a learned margin since the loss drifts up, to no less than MULTIPLE_DRIFT; returns what it did to it.
+
+        As after a rewind trial steps with room do not raise the multiple again for a while.
+        """
+        state, old = self.state, self.state.margin
+        if state.cap is None:
+            return None
+        state.multiple = learned_multiple(state.multiple, "bad", used=state.multiple, least=MULTIPLE_DRIFT)
+        self._set_margin()
+        state.cap = min(state.cap, self.cap_under(state.figures["lr_limit"]))
+        state.calm_until = state.updates + max(TRIAL_GAP, state.gap)
+        return None if state.margin == old else f"margin {old:.3g} -> {state.margin:.3g}"
+
     # ---- when
 
     def due(self, *, alarm: bool = False, early: bool = False) -> bool:
@@ -133,7 +152,8 @@ class Controller:
 
     def affordable(self, *, alarm: bool) -> float:
         """Returns the gradient evaluations that a measurement may cost now."""
-        return affordable(self.policy, updates=self.state.updates, spent=self.state.cost, alarm=alarm)
+        state = self.state
+        return affordable(self.policy, updates=state.updates, spent=state.cost - state.look_cost, alarm=alarm)
 
     @property
     def wandered(self) -> bool:

@@ -176,6 +176,10 @@ class Decider:
             self._not_made(given_up.tries[-1], before)
             raise
         if trouble is None:
+            if rewinder.drifted is not None:
+                limit = self.state.figures.get("lr_limit", math.nan)
+                found = Measurement(bound=self.instrument.settings.bound, lr_limit=limit)
+                self._record("margin", rewinder.drifted, found, before, self.rates.applied[self.rates.reference])
             return False
         self._not_made(trouble, before)
         return True

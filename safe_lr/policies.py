@@ -30,6 +30,11 @@ floor of .25 throughout leaves .3 spikes (two lrs, five seeds), but costs where 
 MULTIPLE_FAILED = 0.5
 """Its floor where the very step that is planned fails."""
 
+MULTIPLE_DRIFT = 1.0
+"""Its floor where the loss has drifted up since the last snapshot (`rewind`). On the stream of benchmarks/spikes.py a
+floor of .25 leaves no more than a tenth of a spike a run, but slows training down: the final loss is a hundred times
+higher."""
+
 MULTIPLE_MOST = 40.0
 """Its ceiling. Muon needs 20."""
 

@@ -22,6 +22,7 @@ from safe_lr.rates import Rates
 from safe_lr.rewind import (
     DROPS,
     EVERY,
+    JUMP,
     MOST,
     OUTLIER,
     REFILL,
@@ -64,6 +65,7 @@ class Rewinder:
         tries: Troubles without healthy progress between them.
         rewinds: How often it went back, in all.
         drops: How many updates were dropped, in all.
+        drifted: Why the margin was cut at this update, if it was: the loss had risen since the snapshot, with no jump.
 
     Raises:
         MemoryError: There is no room for the snapshot.
@@ -88,7 +90,9 @@ class Rewinder:
         self._tuner, self._group = tuner, process_group
         self._in_a_row = self._healthy_at = self._at = 0
         self._droppable = float(DROPS)  # batches far out that may still be dropped
-        self._watching = False
+        self._watching = self._held_back = False
+        self._doubt: tuple[float, float] | None = None  # a batch's losses that say the run is worse than its snapshot
+        self.drifted: str | None = None
         self._losses = Losses()
         self._beside = _Beside({}, None, None, [])
         self._held: list[tuple[Tensor, Tensor]] = []
@@ -124,14 +128,16 @@ class Rewinder:
             RewindsExhausted: Going back does not help.
         """
         self.finish()
+        self.drifted = None
         trend, own = control.state.trend, None if loss is None else self._sign() * float(loss)
         strayed = self._recent.stray(OUTLIER if trend.count >= ALARM_AFTER else math.inf)
-        known, broken, alarm, outlier, watching = self._agreed(
+        known, broken, alarm, outlier, watching, self._held_back = self._agreed(
             own,
             not math.isfinite(norm),
             trend.alarming(norm),
             outlying(norm, trend, own, self._losses) or strayed,
             self._watching,
+            control.can_cut(rates.wanted),
         )
         suspicious = broken or alarm or outlier or (known is not None and self._losses.suspicious(known))
         if not self.snapshot.taken:
@@ -140,7 +146,7 @@ class Rewinder:
             self._go_on(known, closures, control, rates)
             return None
         signs, cost = self._looked_at(broken, outlier, closures)
-        control.state.cost += cost
+        control.state.looked(cost)
         action = judge(signs, self._losses)
         if action == "apply":
             self._watching = suspicious  # what this update does shows at the next one
@@ -172,10 +178,36 @@ class Rewinder:
 
     def _go_on(self, loss: float | None, closures: Sequence[Closure] | None, control: Controller, rates: Rates) -> None:
         self._count_in(loss)
-        if control.state.updates - self._at >= EVERY:
-            self._take(closures, control, rates)
-        else:
+        early = control.state.updates - self._at < EVERY
+        if early or (self._held_back and self._doubtful(loss, closures, control)):
             self._recent.take()
+        else:
+            self._take(closures, control, rates)
+
+    def _doubtful(self, loss: float | None, closures: Sequence[Closure] | None, control: Controller) -> bool:
+        """Before a new snapshot: whether a second batch must tell if the loss has risen since the last; then cuts.
+
+        A run at the edge of stability drifts up over several updates of which none looks wrong. One batch says little
+        of that: rare examples in it were met, or disturbed, since. So the losses of both are added up. Where nothing
+        holds lr back this is not asked: there is nothing to cut.
+        """
+        before, self._doubt = self._doubt or (0.0, 0.0), None
+        found, cost = self._compare(closures, loss)
+        control.state.looked(cost)
+        if found is None:
+            return False
+        now, then = found[0] + before[0], found[1] + before[1]
+        if not (math.isfinite(then) and self._losses.above(now, then) > math.log(JUMP)):
+            return False
+        if before == (0.0, 0.0):
+            self._doubt = now, then
+            return True
+        cut, sign = control.cut(), self._sign() / 2
+        if cut is not None:
+            self.drifted = (
+                f"{cut}: on two batches the loss is {sign * now:.4g}, under the last snapshot {sign * then:.4g}"
+            )
+        return False
 
     def _count_in(self, loss: float | None) -> None:
         self._in_a_row, self._droppable = 0, min(DROPS, self._droppable + 1 / REFILL)
@@ -199,7 +231,7 @@ class Rewinder:
         self._restore(rates, random_streams=tried == 0)
         control.go_back(self._beside.state, wanted)
         self._healthy_at = updates + (updates - self._at) + EVERY
-        self._watching = False
+        self._watching, self._doubt = False, None
         told = self._tell(replace(seen, margin=control.state.margin, cap=control.state.cap))
         self.rewinds += 1
         if tried >= self.most:
@@ -222,6 +254,7 @@ class Rewinder:
     # ---- the snapshot
 
     def _take(self, closures: Sequence[Closure] | None, control: Controller, rates: Rates) -> None:
+        self._doubt = None
         rates.give_back()  # the groups then show the desired lrs
         modules = None if closures is None else [module for closure in closures for module in modules_in(closure)]
         self.snapshot.take(modules)
@@ -282,8 +315,13 @@ class Rewinder:
         finite = [torch.isfinite(p.detach()).all() for group in self.ensemble.param_groups for p in group["params"]]
         return self._summed(float(not all(map(bool, finite))))[0] == 0
 
-    def _compare(self, closures: Sequence[Closure] | None) -> tuple[tuple[float, float] | None, float]:
-        """The batch's signed loss under the present and under the snapshot's parameters, and what that cost."""
+    def _compare(
+        self, closures: Sequence[Closure] | None, known: float | None = None
+    ) -> tuple[tuple[float, float] | None, float]:
+        """The batch's signed loss under the present and under the snapshot's parameters, and what that cost.
+
+        Where it is `known` (the loss that was differentiated), and no JUMP above the snapshot's, it is not evaluated.
+        """
         if self._summed(float(not closures))[0] or not closures:
             return None, 0.0
         now = then = failed = 0.0
@@ -292,14 +330,20 @@ class Rewinder:
             with leave_no_trace(params) as untouched:
                 for module in self.snapshot.buffers.modules:  # of earlier closures: these may call others
                     untouched.remember(module)
-                now = _mean_loss(untouched, closures)
+                if known is None:
+                    now = _mean_loss(untouched, closures)
                 self.snapshot.write_model()
                 then = _mean_loss(untouched, closures)
         except (RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError):
             failed = 1.0  # a closure that cannot be evaluated tells nothing: the gradient alone has to do
         now, then, failed = self._summed(now, then, failed)
         unit = self._sign() / processes.count(self._group)
-        return None if failed else (unit * now, unit * then), 2 * COST_OF_LOSS
+        if known is None:
+            return None if failed else (unit * now, unit * then), 2 * COST_OF_LOSS
+        if failed or self._losses.above(known, unit * then) <= math.log(JUMP):
+            return None if failed else (known, unit * then), COST_OF_LOSS
+        found, cost = self._compare(closures)  # what the user calls the loss may be a sum, or have another dropout mask
+        return found, COST_OF_LOSS + cost
 
     # ---- several processes: all of them must come to one decision
 

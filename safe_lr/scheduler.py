@@ -96,8 +96,11 @@ class CoherenceScheduler(LRScheduler):
             the schedule inside, and margin and cap; the data loader's position is not part of it, and a schedule
             advances by each `step()` of yours, also where the update was not made. Costs that memory
             (`rewind_memory()`; about three times the parameters with Adam), a copy of it every ten updates, and two
-            forward passes, with one more copy of the parameters meanwhile, when something looks wrong. An overflow that
-            a GradScaler skips is none of it. Under torch.distributed all ranks decide together, by one small all-reduce
+            forward passes, with one more copy of the parameters meanwhile, when something looks wrong. Before each copy
+            in a run that the cap holds back, a forward pass (two where `observe` is not told the loss) asks whether the
+            batch's loss has doubled since the last one; where the next batch agrees, the margin is cut. All of that is
+            in `summary().cost`, beside `max_overhead`, not within it. An overflow that a GradScaler skips is none of
+            it. Under torch.distributed all ranks decide together, by one small all-reduce
             an update.
         rewind_device: Where the snapshot lies ("cpu"); None for where the parameters do.
         process_group: Whose ranks decide together about going back; None for torch.distributed's default group.

@@ -464,6 +464,115 @@ def test_a_dropped_update_leaves_betas_and_eps_alone(option: str) -> None:
     assert any(d.action == option[5:] for d in clean.guard.history)
 
 
+# ---- a loss that drifts up
+
+
+class Drift:
+    """Three parameters that follow a path of the test's own, under batches whose losses, w x^2, differ tenfold."""
+
+    def __init__(self, lr: float = 1e3, **options: Any) -> None:
+        self.x = nn.Parameter(torch.ones(3))
+        self.optimizer = SGD([self.x], lr=lr)
+        self.guard = CoherenceGuard(self.optimizer, **{"loggers": None, "rewind": True, **options})
+        self.number = 0
+
+    @staticmethod
+    def weight(number: int) -> float:
+        return math.exp(1.2 * math.sin(number))
+
+    def run(self, path: Callable[[int], float], updates: int = 100) -> Drift:
+        for number in range(self.number, self.number + updates):
+            with torch.no_grad():
+                self.x.fill_(path(number))
+
+            def loss_of(weight: float = self.weight(number)) -> Tensor:
+                return weight * self.x.square().mean()
+
+            self.optimizer.zero_grad()
+            loss = loss_of()
+            loss.backward()
+            self.guard.observe(loss_of, loss=loss)
+            self.optimizer.step()
+        self.number += updates
+        return self
+
+    @property
+    def cuts(self) -> list[Any]:
+        return [d for d in self.guard.history if "on two batches" in d.reason]
+
+
+def test_a_loss_that_drifts_up_cuts_the_margin_and_nothing_goes_back() -> None:
+    """Twelve percent an update: no batch looks wrong beside others, but two together are worse than ten updates ago."""
+    run = Drift().run(lambda number: 1.0, 61)
+    run.guard._state.multiple = 3.0
+    run.run(lambda number: 1.06 ** (number - 60), 10)
+    multiple, cap = run.guard._state.multiple, run.guard.summary().cap
+    assert multiple > 1.5 and not run.cuts
+    run.run(lambda number: 1.06 ** (number - 60), 1)
+    (cut,) = run.cuts
+    assert (cut.action, cut.step) == ("margin", 71)  # the snapshot is of 60, the first doubt of 70
+    weights = [Drift.weight(number) for number in (70, 71)]
+    now = (weights[0] * 1.06**20 + weights[1] * 1.06**22) / 2
+    assert f"the loss is {now:.4g}, under the last snapshot {sum(weights) / 2:.4g}" in cut.reason
+    assert run.guard._state.multiple == pytest.approx(multiple / 1.5)
+    assert cap is not None and cut.cap is not None and cut.lr_after == pytest.approx(cut.cap) and cut.cap <= cap
+    assert run.x[0].item() != 1.0  # nothing went back
+    assert run.guard.summary().rewinds == run.guard.summary().drops == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "options"),
+    [
+        (lambda number: 1.0, {}),
+        (lambda number: 0.98**number, {}),
+        (lambda number: 1.5 if number % 10 == 0 else 1.0, {}),  # one batch alone
+        (lambda number: 1.06 ** max(0, number - 60), {"lr": 1e-6}),  # lr is not what the cap holds back
+        (lambda number: 1.06 ** max(0, number - 60), {"margin": 0.5}),  # nothing to cut
+    ],
+)
+def test_what_is_no_drift(path: Callable[[int], float], options: dict[str, Any]) -> None:
+    run = Drift(**options).run(path, 55)
+    run.guard._state.multiple = 3.0  # room for a cut
+    run.run(path, 25)
+    assert not run.cuts and run.guard.summary().rewinds == 0
+
+
+def test_looking_for_drift_costs_a_forward_pass_every_ten_updates_and_no_measurement() -> None:
+    """Where the loss is told, and the cap holds lr back."""
+    with_it, without = (Drift(rewind=rewind).run(lambda number: 1.0, 96).guard for rewind in (True, False))
+    assert told(with_it) == told(without)
+    assert with_it.summary().cost == pytest.approx(without.summary().cost + 9 / 3)
+    uncapped = [Drift(1e-6, rewind=rewind).run(lambda number: 1.0, 96).guard for rewind in (True, False)]
+    assert uncapped[0].summary().cost == uncapped[1].summary().cost
+
+
+def test_a_margin_that_drift_has_cut_stays_so_for_a_while_and_has_a_floor() -> None:
+    control = Controller(Policy(), least_cost=8.0)
+    state = replace(control.state, updates=100, share=0.5, multiple=3.0, margin=1.5, cap=1.5, gap=40)
+    control.state = replace(state, figures={"lr_limit": 1.0})
+    assert control.cut() == "margin 1.5 -> 1" and control.state.cap == 1.0 and control.state.calm_until == 140
+    for multiple in (4 / 3, 1.0, 1.0):
+        control.cut()
+        assert control.state.multiple == pytest.approx(multiple)
+    assert control.cut() is None
+    control.state.multiple = 0.5  # trial steps had cut it further
+    control.cut()
+    assert control.state.multiple == 0.5
+    control.state.cap = None
+    assert control.cut() is None
+
+
+def test_looking_back_leaves_the_budget_of_measurements_alone() -> None:
+    """Where many batches look wrong looks had spent it all, and no limit was measured for a thousand updates."""
+    control = Controller(Policy(), least_cost=8.0)
+    before = control.affordable(alarm=False), control.affordable(alarm=True)
+    control.state.looked(500.0)
+    assert (control.affordable(alarm=False), control.affordable(alarm=True)) == before
+    assert control.state.summary().cost == 500.0
+    back = control.state.gone_back(Controller(Policy(), least_cost=8.0).state.state_dict())
+    assert (back.cost, back.look_cost) == (500.0, 500.0)
+
+
 # ---- giving up
 
 
@@ -629,9 +738,10 @@ def test_going_back_at_an_lr_of_zero_leaves_a_cap_that_can_rise() -> None:
 # ---- when nothing is wrong, and when it is off
 
 
+@pytest.mark.parametrize("lr", [0.02, 1e3])  # within the cap and held back by it
 @pytest.mark.parametrize("case", NETS, ids=str)
-def test_a_healthy_run_is_the_same_with_and_without(case: Case) -> None:
-    with_it, without = (Run(case, dropout=0.2, rewind=rewind).run(range(40)) for rewind in (True, False))
+def test_a_healthy_run_is_the_same_with_and_without(case: Case, lr: float) -> None:
+    with_it, without = (Run(case, lr, dropout=0.2, rewind=rewind).run(range(40)) for rewind in (True, False))
     assert with_it.final() == without.final()
     assert told(with_it.guard) == told(without.guard) == told(with_it.guard)
     assert not [d for d in with_it.guard.history if d.action in ("drop", "rewind")]
@@ -804,3 +914,26 @@ def test_all_ranks_decide_together(tmp_path: Path) -> None:
     assert seen == others and torch.equal(first, second) and torch.isfinite(first).all()
     assert seen[29][0] + 1 == seen[30][0]  # the NaN batch of one rank
     assert seen[39][1] + 1 == seen[40][1] == seen[-1][1]  # the parameters of one rank
+
+
+def _drifting_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    fixed = torch.ones(3)
+    drift = Drift(probe=None)
+    drift.guard.close()
+    drift.guard = CoherenceGuard(
+        drift.optimizer, loggers=None, rewind=True, probe=lambda: (drift.x * fixed).square().mean()
+    )
+    drift.run(lambda number: 1.0, 61)
+    drift.guard._state.multiple = 3.0
+    drift.run(lambda number: 1.1 ** (rank * (number - 60)), 15)  # one rank's loss alone
+    torch.save([(d.step, d.reason) for d in drift.cuts], Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_all_ranks_see_drift_together(tmp_path: Path) -> None:
+    mp.spawn(_drifting_rank, args=(str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert [step for step, _ in first] == [step for step, _ in second] == [71]
