@@ -2,9 +2,9 @@ r"""What a measurement of curvature costs, how exact it is and what it leaves be
 
     python -m benchmarks.curvature --json docs/results/curvature.json [--quick]
 
-Four lightly trained networks (`benchmarks/networks.py`); the same weights, the same batch, one process, one thread,
-the tools in turns. Peers: PyHessian, hessian-eigenthings, curvlinops with SciPy's eigsh. One that is not installed is
-skipped with its reason:
+Four lightly trained networks (`benchmarks/networks.py`), each from several seeds of weights and batches; one process,
+one thread. On the first seed peers are measured too, on the same weights and batch, the tools in turns: PyHessian,
+hessian-eigenthings, curvlinops with SciPy's eigsh. One that is not installed is skipped with its reason:
 
     pip install -c constraints.txt -e '.[bench]'
     pip install -c constraints.txt --no-deps curvlinops-for-pytorch backpack-for-pytorch unfoldNd linear_operator \
@@ -12,9 +12,10 @@ skipped with its reason:
 
 (`--no-deps`: BackPACK declares torchvision, does not import it here, and no torchvision works beside every torch.)
 
-Columns, medians over the repeats:
+Columns, medians over the seeds of each seed's median over the start vectors (`..._by_seed`); `..._range` is that of all
+runs:
 
-* error: against the largest eigenvalue in float64 (a float64 copy, P computed anew, Lanczos to a residual of 1e-6,
+* error: against the largest eigenvalue in float64 (a float64 copy, P computed anew, Lanczos to a residual of 1e-5,
   whose square is the value's error).
 * products: Hessian-vector products. gradients: processor time over that of one loss and gradient on the same batch,
   timed just before (the median of several); with one thread and an idle machine that is the ratio of wall times, which
@@ -70,7 +71,8 @@ from safe_lr.settings import Settings
 
 TOL = 0.1  # the scheduler's
 LATER = 10  # updates between the two points
-REPEATS = {"mlp": 10, "conv_bn": 5, "gpt_small": 5, "gpt_large": 5}  # start vectors, 5 at least; 4 cold cases each: 100
+SEEDS = (0, 1, 2)  # of weights and batches
+REPEATS = {"mlp": 4, "conv_bn": 2, "gpt_small": 2, "gpt_large": 2}  # start vectors a seed; 4 cold cases each: 120
 SECONDS_FOR_PEER = 4  # a peer repeats as often as ours does, or until this is spent
 TIMES_LARGER = (1, 16)  # data sets
 EXACTER = (0.1, 0.05, 0.02, 0.01, 0.005)  # tolerances tried for an error of 1 %
@@ -271,7 +273,7 @@ def truth(point: Point, preconditioned: bool, train: bool = True) -> float:
         products = torch.autograd.grad(grads, params, parts, retain_graph=True)
         return scale * torch.cat([h.flatten() for h in products])
 
-    estimate = lanczos(matvec, start_vector(scale, seed=12345), tol=1e-6, max_matvecs=200)  # the error is its square
+    estimate = lanczos(matvec, start_vector(scale, seed=12345), tol=1e-5, max_matvecs=200)  # the error is its square
     if not estimate.converged:
         raise ArithmeticError("the truth has not converged")
     return estimate.value
@@ -350,7 +352,7 @@ class Row:
     runs: list[dict[str, Any]] = field(default_factory=list)
     spent: float = 0.0
 
-    def run(self, seed: int) -> Found | None:
+    def run(self, seed: int) -> Found:
         """Measures once, on a copy that holds a training gradient, and notes the cost and the traces."""
         copy = self.point.copy()
         copy.loss().backward()
@@ -381,76 +383,125 @@ class Row:
         gc.collect()  # PyHessian's graph refers to itself
         return found
 
-    def summary(self) -> dict[str, Any]:
-        """Medians and ranges over the runs."""
-        out: dict[str, Any] = {}
-        for key in ("error", "own_error", "num_matvecs", "gradients", "wall_gradients", "counted"):
-            values = [run[key] for run in self.runs if run[key] is not None]
-            if values:
-                out[key] = statistics.median(values)
-                out[f"{key}_range"] = [min(values), max(values)]
-        if ways := {run["hvp"] for run in self.runs} - {None}:
-            out["hvp"] = ", ".join(sorted(ways))
-        out["repeats"] = len(self.runs)
-        out["left_behind"] = sorted({name for run in self.runs for name in run["left_behind"]})
-        notes = {run["note"] for run in self.runs} - {None}
-        return out | ({"note": notes.pop()} if notes else {})
+
+def summary(seeds: Sequence[Row]) -> dict[str, Any]:
+    """One tool's figures: medians over the start vectors of each seed, their median, and the range of all runs."""
+    out: dict[str, Any] = {}
+    runs = [run for row in seeds for run in row.runs]
+    for key in ("error", "own_error", "num_matvecs", "gradients", "wall_gradients", "counted"):
+        values = [run[key] for run in runs if run[key] is not None]
+        if values:
+            medians = [statistics.median(run[key] for run in row.runs) for row in seeds]
+            out[key] = statistics.median(medians)
+            out[f"{key}_by_seed"] = medians
+            out[f"{key}_range"] = [min(values), max(values)]
+    if ways := {run["hvp"] for run in runs} - {None}:
+        out["hvp"] = ", ".join(sorted(ways))
+    out["repeats"] = len(runs)
+    out["left_behind"] = sorted({name for run in runs for name in run["left_behind"]})
+    notes = {run["note"] for run in runs} - {None}
+    return out | ({"note": notes.pop()} if notes else {})
+
+
+class Trained:
+    """One network from one seed, at two points of its training, with the rows of safe_lr.
+
+    Args:
+        name: The network's.
+        quick: Whether it is a tiny one.
+        seed: Of weights and batches.
+        say: Told what is being done.
+    """
+
+    def __init__(self, name: str, quick: bool, seed: int, say: Callable[[str], None]) -> None:
+        self.name, self.seed = f"{name}, seed {seed}", seed
+        torch.manual_seed(seed)
+        say(f"{self.name}: training")
+        task = TASKS[name](quick, seed + 1)
+        task.train(task.steps)
+        early = task.point.copy()
+        task.train(LATER)
+        self.late = task.point.copy()
+        say(f"{self.name}: truth")
+        points = {"early": early, "late": self.late}
+        self.truths = {(at, p): truth(point, p) for at, point in points.items() for p in (False, True)}
+        self.before: dict[bool, dict[int, Found]] = {False: {}, True: {}}
+        self.rows = {}
+        for p, suffix in ((False, ""), (True, "_preconditioned")):
+            self.rows[f"early{suffix}"] = Row(ours(p), early, self.truths["early", p])
+            for start in ("cold", "warm"):
+                tool = ours(p, before=self.before[p], warm=start == "warm")
+                self.rows[start + suffix] = Row(tool, self.late, self.truths["late", p])
+        self.rows["cold"].tool(self.late.copy(), 0)  # the libraries load their kernels
+
+    def run(self, seed: int) -> None:
+        """Measures once in every way, from one start vector."""
+        for label, row in self.rows.items():
+            found = row.run(seed)
+            if label.startswith("early"):
+                self.before[label.endswith("preconditioned")][seed] = found
 
 
 def compare(
     name: str, quick: bool, peers: dict[str, Tool], *, say: Callable[[str], None], folder: Path
 ) -> dict[str, Any]:
-    """Trains one network, leaves it in a folder, runs every tool on it in turns, and returns the figures."""
-    torch.manual_seed(0)
-    say(f"{name}: training")
-    task = TASKS[name](quick)
-    task.train(task.steps)
-    early = task.point.copy()
-    task.train(LATER)
-    late = task.point.copy()
-    torch.save((late.model.state_dict(), late.optimizer.state_dict()), folder / name)
-    say(f"{name}: truth")
-    truths = {(at, p): truth(point, p) for at, point in (("early", early), ("late", late)) for p in (False, True)}
+    """Runs safe_lr on one network from every seed, and every tool on the first one's in turns; returns the figures.
+
+    The first one is left in a folder.
+    """
+    repeats = 2 if quick else REPEATS[name]
+    first = Trained(name, quick, SEEDS[0], say)
+    figures = beside_peers(first, peers, repeats, 3 if quick else 9, say)
+    torch.save((first.late.model.state_dict(), first.late.optimizer.state_dict()), folder / name)
+    rows: dict[str, list[Row]] = {label: [row] for label, row in first.rows.items()}
+    for seed in SEEDS[1:]:
+        other = Trained(name, quick, seed, say)
+        for start in range(repeats):
+            say(f"{other.name}: start vector {start}")
+            other.run(start)
+        for label, row in other.rows.items():
+            rows[label].append(row)
+    return figures | {
+        "safe_lr": {label: summary(seeds) for label, seeds in rows.items()},
+        "cases": [
+            {"start": label, "seed": seed, "upper_over_truth": run["upper"] / row.truth}
+            for label, seeds in rows.items()
+            for seed, row in zip(SEEDS, seeds, strict=True)
+            for run in row.runs
+        ],
+    }
+
+
+def beside_peers(
+    trained: Trained, peers: dict[str, Tool], repeats: int, repeats_of_parts: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Runs safe_lr and its peers in turns, and returns the peers' figures and the network's."""
+    late, right = trained.late, trained.truths["late", False]
     has_modes = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in late.model.modules())
     eval_truth = truth(late, False, train=False) if has_modes else None
-    rows = {}
-    before: dict[bool, dict[int, Found]] = {False: {}, True: {}}
-    for p, suffix in ((False, ""), (True, "_preconditioned")):
-        rows[f"early{suffix}"] = Row(ours(p), early, truths["early", p])
-        rows[f"cold{suffix}"] = Row(ours(p, before=before[p]), late, truths["late", p])
-        rows[f"warm{suffix}"] = Row(ours(p, before=before[p], warm=True), late, truths["late", p])
-    others = {n: Row(tool, late, truths["late", False], True, eval_truth) for n, tool in peers.items()}
-    rows["cold"].tool(late.copy(), 0)  # the libraries load their kernels
-    skipped: dict[str, str] = {}
-    for seed in range(2 if quick else REPEATS[name]):
-        say(f"{name}: start vector {seed}")
-        for label, row in rows.items():
-            found = row.run(seed)
-            if label.startswith("early") and found is not None:
-                before[label.endswith("preconditioned")][seed] = found
+    others = {n: Row(tool, late, right, True, eval_truth) for n, tool in peers.items()}
+    failed: dict[str, str] = {}
+    for start in range(repeats):
+        say(f"{trained.name}: start vector {start}")
+        trained.run(start)
         for label, row in others.items():
-            if label in skipped or row.spent * (1 + 1 / max(seed, 1)) > SECONDS_FOR_PEER:
+            if label in failed or row.spent * (1 + 1 / max(start, 1)) > SECONDS_FOR_PEER:
                 continue
             try:
-                row.run(seed)
+                row.run(start)
             except Exception as error:  # noqa: BLE001  (whatever a peer raises is its result)
-                skipped[label] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
-    say(f"{name}: at 1 % error")
-    working = [n for n in peers if n not in skipped]
+                failed[label] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+    say(f"{trained.name}: at 1 % error")
     return {
-        "parameters": sum(p.numel() for p in late.params),
-        "unit_seconds": rows["cold"].runs[-1]["unit_seconds"],
-        "parts": parts(late, 3 if quick else 9),
-        "lambda_max": truths["late", False],
-        "gamma": truths["late", True],
+        "parameters": late.numel,
+        "unit_seconds": trained.rows["cold"].runs[-1]["unit_seconds"],
+        "parts": parts(late, repeats_of_parts),
+        "lambda_max": right,
+        "gamma": trained.truths["late", True],
         **({"lambda_max_in_eval_mode": eval_truth} if eval_truth is not None else {}),
-        "safe_lr": {n: row.summary() for n, row in rows.items()},
-        **{n: row.summary() for n, row in others.items() if row.runs},
-        "at_one_percent": at_one_percent(late, truths["late", False], eval_truth, working),
-        "failed": skipped,
-        "cases": [
-            {"start": n, "upper_over_truth": run["upper"] / row.truth} for n, row in rows.items() for run in row.runs
-        ],
+        **{n: summary([row]) for n, row in others.items() if row.runs},
+        "at_one_percent": at_one_percent(late, right, eval_truth, [n for n in peers if n not in failed]),
+        "failed": failed,
     }
 
 
@@ -628,7 +679,8 @@ def targets_of(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
         costs = {n: max(t["safe_lr"][s]["gradients"] for s in starts) for n, t in tasks.items()}
         target(f"{start}: gradients", cost, costs)
     best = {n: best_peer(t) for n, t in tasks.items()}
-    ratios = {n: tasks[n]["safe_lr"]["cold"]["gradients"] / b[1] for n, b in best.items() if b is not None}
+    same = {n: t["safe_lr"]["cold"]["gradients_by_seed"][0] for n, t in tasks.items()}  # the peers' seed
+    ratios = {n: same[n] / b[1] for n, b in best.items() if b is not None}
     target("cold: gradients over the best peer's", 0.8, ratios)
     ups = [case["upper_over_truth"] >= 1 for t in tasks.values() for case in t["cases"] if "warm" not in case["start"]]
     target("upper >= truth, share of the cold cases", 0.99, {"all": sum(ups) / len(ups)}, at_least=True)
@@ -662,6 +714,7 @@ def collect(quick: bool) -> dict[str, Any]:
         for name, used in memory(Path(folder), quick).items():
             tasks[name]["memory_mib"] = used
     result: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads(), "tol": TOL}
+    result["seeds"] = list(SEEDS)
     result |= {"tasks": tasks, "skipped": skipped, "scaling": scaling(quick), "data": data_sets(quick)}
     result["seconds"] = time.perf_counter() - started
     result["processor_seconds"] = sum(os.times()[:4])

@@ -185,12 +185,16 @@ def products(result: dict[str, Any]) -> str:
 
 
 def tools(result: dict[str, Any]) -> str:
-    """Error / products / gradients of each tool on each network."""
+    """Error / products / gradients of each tool on each network; of several seeds the worst error and the spread."""
 
     def cell(found: dict[str, Any] | None) -> str:
         if found is None:
             return "-"
-        return f"{found['error']:.2%} / {found['num_matvecs']:g} / {found['gradients']:.1f}"
+        error, cost, spread = f"{found['error']:.2%}", f"{found['gradients']:.1f}", found["gradients_by_seed"]
+        if len(spread) > 1:
+            error += f" ({found['error_range'][1]:.1%})"
+            cost += f" ({min(spread):.1f}-{max(spread):.1f})"
+        return f"{error} / {found['num_matvecs']:g} / {cost}"
 
     tasks = result["tasks"].values()
     rows = [

@@ -27,7 +27,7 @@ class EigenEstimate:
         value: The Ritz value; never above the true largest eigenvalue, save for rounding.
         residual: `||A v - value v||` for the unit vector v: some eigenvalue lies within this distance of `value`.
         vector: The Ritz vector, shape (n,), unit norm.
-        converged: Whether `residual <= tol * |value|`.
+        converged: Whether `residual <= tol * |value|`, or what stands for `tol` while products are few.
         num_matvecs: Products spent.
     """
 
@@ -54,6 +54,7 @@ def lanczos(
     tol: float = 1e-3,
     max_matvecs: int = 100,
     min_matvecs: int = 3,
+    settled: int = 1,
     max_basis: int | None = None,
     overwrite_v0: bool = False,
 ) -> EigenEstimate:
@@ -75,6 +76,9 @@ def lanczos(
         tol: Relative residual at which to stop.
         max_matvecs: Largest number of products.
         min_matvecs: Smallest number of products: a fortunate start may look converged after one.
+        settled: Products from which on `tol` counts in full. Before, the k-th product's residual must be
+            `tol (k - 1) / (settled - 1)` at most: what converges early may be a smaller eigenvalue, of which the start
+            vector has more, and whose residual soon grows again.
         max_basis: Largest number of basis vectors, 2 at least. Where it is reached, the upper half of the Ritz vectors
             stays and the rest goes (a thick restart). At most `max_basis + 1` vectors of shape (n,) then live at once,
             beside v0, which is the caller's, and what the matvec itself needs; products grow in number as the basis
@@ -97,7 +101,7 @@ def lanczos(
     References:
         Lanczos 1950; Golub & Van Loan 2013, ch. 10; Paige 1971 for the residual bound; Wu & Simon 2000 for the restart.
     """
-    return _ends(matvec, v0, (-1,), tol, max_matvecs, min_matvecs, max_basis, overwrite_v0)[0]
+    return _ends(matvec, v0, (-1,), tol, max_matvecs, min_matvecs, settled, max_basis, overwrite_v0)[0]
 
 
 def both_ends(
@@ -107,6 +111,7 @@ def both_ends(
     tol: float = 1e-3,
     max_matvecs: int = 100,
     min_matvecs: int = 3,
+    settled: int = 1,
     max_basis: int | None = None,
     overwrite_v0: bool = False,
 ) -> tuple[EigenEstimate, EigenEstimate]:
@@ -121,6 +126,7 @@ def both_ends(
         tol: Relative residual at which to stop.
         max_matvecs: Largest number of products.
         min_matvecs: Smallest number of products.
+        settled: Products from which on `tol` counts in full, as in `lanczos`.
         max_basis: Largest number of basis vectors, 3 at least: a restart keeps both ends. None keeps all.
         overwrite_v0: Whether v0 may serve as one of those vectors, and lose what it holds.
 
@@ -135,7 +141,7 @@ def both_ends(
         >>> [round(end.value, 9) for end in both_ends(lambda v: diagonal * v, torch.ones_like(diagonal))]
         [3.0, -7.0]
     """
-    top, bottom = _ends(matvec, v0, (-1, 0), tol, max_matvecs, min_matvecs, max_basis, overwrite_v0)
+    top, bottom = _ends(matvec, v0, (-1, 0), tol, max_matvecs, min_matvecs, settled, max_basis, overwrite_v0)
     return top, bottom
 
 
@@ -146,6 +152,7 @@ def _ends(
     tol: float,
     max_matvecs: int,
     min_matvecs: int,
+    settled: int,
     max_basis: int | None,
     overwrite_v0: bool,
 ) -> list[EigenEstimate]:
@@ -168,7 +175,8 @@ def _ends(
         residuals = [min(r, floor) if exhausted else r for r in (b * abs(float(vectors[-1, end])) for end in ends)]
         # The smallest may be nearly zero, and then has no relative precision.
         sizes = [max(abs(float(values[end])), 0.0 if end else tol * scale) for end in ends]
-        good = [exhausted or r <= tol * size for r, size in zip(residuals, sizes, strict=True)]
+        allowed = tol * min(1.0, (num_matvecs - 1) / (settled - 1)) if settled > 1 else tol
+        good = [exhausted or r <= allowed * size for r, size in zip(residuals, sizes, strict=True)]
         if exhausted or (all(good) and num_matvecs >= min_matvecs) or num_matvecs >= max_matvecs:
             break
         if len(basis) == max_basis:

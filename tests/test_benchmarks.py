@@ -64,6 +64,25 @@ def test_our_rows_converge_to_the_truth(point: Point, preconditioned: bool) -> N
     assert found.upper is not None and found.upper >= found.value
 
 
+def test_figures_over_seeds_are_medians_of_each_seeds_and_the_worst_of_all_runs() -> None:
+    nothing = {"own_error": 0.0, "num_matvecs": 4, "gradients": 9.0, "wall_gradients": 9.0}
+    nothing |= {"counted": None, "hvp": "exact", "left_behind": [], "note": None}
+    seeds = [
+        curvature.Row(ours(False), None, 1.0, runs=[{"error": error, **nothing} for error in errors])
+        for errors in ([0.1, 0.3], [0.0, 0.0, 0.9], [0.4])
+    ]
+    found = curvature.summary(seeds)
+    assert found["error_by_seed"] == pytest.approx([0.2, 0.0, 0.4])
+    assert found["error"] == pytest.approx(0.2)
+    assert (found["error_range"], found["repeats"]) == ([0.0, 0.9], 6)
+
+
+def test_seeds_draw_other_batches() -> None:
+    for make in TASKS.values():
+        inputs = [make(True, seed).point.inputs for seed in (1, 1, 2)]
+        assert torch.equal(inputs[0], inputs[1]) and not torch.equal(inputs[0], inputs[2])
+
+
 def test_cost_does_not_grow_with_the_data_set() -> None:
     small, large = curvature.data_sets(quick=True)
     assert large["examples"] == 16 * small["examples"]
@@ -160,6 +179,8 @@ def check_curvature(result: dict[str, dict[str, dict[str, dict[str, dict[str, fl
             row = task["safe_lr"][start]
             assert all(math.isfinite(row[key]) for key in ("error", "num_matvecs", "gradients"))
             assert row["left_behind"] == []
+            assert len(row["gradients_by_seed"]) == len(curvature.SEEDS)
+            assert row["error_range"][1] >= row["error"]
         for peer in set(curvature.PEERS) - set(result["skipped"]) - set(task["failed"]):
             assert all(math.isfinite(task[peer][key]) for key in ("error", "gradients"))
 

@@ -89,6 +89,31 @@ def test_gradient_start_is_a_trap_that_the_random_part_avoids() -> None:
     assert lanczos(lambda v: h * v, start_vector(x, 0, gradient), tol=0.1).value == pytest.approx(100.0, rel=1e-3)
 
 
+@pytest.mark.parametrize("settled", [1, 5])
+def test_tolerance_counts_in_full_from_the_settled_product_on(settled: int) -> None:
+    """What it stops at is the first product whose residual, known from a run to the end, is small enough."""
+    torch.manual_seed(3)
+    h = torch.linspace(0, 1, 200, dtype=torch.float64) ** 8
+    h[-1], v0 = 1.3, torch.randn(200, dtype=torch.float64)
+    for tol in (0.3, 0.1, 0.03):
+        trace = [lanczos(lambda v: h * v, v0, tol=0.0, max_matvecs=k) for k in range(1, 30)]
+        shares = [min(1.0, (k - 1) / (settled - 1)) if settled > 1 else 1.0 for k in range(1, 30)]
+        fits = [t.residual <= tol * share * t.value for t, share in zip(trace, shares, strict=True)]
+        found = lanczos(lambda v: h * v, v0, tol=tol, min_matvecs=1, settled=settled)
+        assert found.converged and found.num_matvecs == 1 + fits.index(True)
+        assert found.value == trace[fits.index(True)].value
+
+
+def test_what_converges_early_at_a_smaller_eigenvalue_is_left_again() -> None:
+    """The largest is 1.3, the start has ten times as much of 1: the residual is .065 there, .2 a product later."""
+    h = torch.tensor([1.3, 1.0, 0.3, 0.1, 0.0, -0.1], dtype=torch.float64)
+    v0 = torch.tensor([0.1, 1.0, 0.3, 0.3, 0.3, 0.3], dtype=torch.float64)
+    early = lanczos(lambda v: h * v, v0, tol=0.1, min_matvecs=3)
+    assert early.converged and early.num_matvecs == 3 and early.upper < 1.1
+    late = lanczos(lambda v: h * v, v0, tol=0.1, min_matvecs=3, settled=5)
+    assert late.converged and late.num_matvecs == 5 and late.value == pytest.approx(1.3, rel=0.001)
+
+
 @pytest.mark.parametrize("last", [1, 2])
 @pytest.mark.parametrize("n", [3, 100_000])
 def test_warm_start_is_no_trap_where_the_last_vector_is_that_of_another_eigenvalue(last: int, n: int) -> None:
