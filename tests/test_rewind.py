@@ -27,6 +27,7 @@ from safe_lr.norms import NormTrend
 from safe_lr.policies import Policy
 from safe_lr.rewind import DROPS, EVERY, MOST, Losses, Signs, Trouble, judge, outlying
 from safe_lr.rewinder import Rewinder
+from safe_lr.settings import COST_OF_LOSS
 from tests.cases import CASES, Case
 
 NAN, INF = math.nan, math.inf
@@ -541,7 +542,7 @@ def test_looking_for_drift_costs_a_forward_pass_every_ten_updates_and_no_measure
     """Where the loss is told, and the cap holds lr back."""
     with_it, without = (Drift(rewind=rewind).run(lambda number: 1.0, 96).guard for rewind in (True, False))
     assert told(with_it) == told(without)
-    assert with_it.summary().cost == pytest.approx(without.summary().cost + 9 / 3)
+    assert with_it.summary().cost == pytest.approx(without.summary().cost + 9 * COST_OF_LOSS)
     uncapped = [Drift(1e-6, rewind=rewind).run(lambda number: 1.0, 96).guard for rewind in (True, False)]
     assert uncapped[0].summary().cost == uncapped[1].summary().cost
 
