@@ -74,6 +74,7 @@ LATER = 10  # updates between the two points
 SEEDS = (0, 1, 2)  # of weights and batches
 REPEATS = {"mlp": 4, "conv_bn": 2, "gpt_small": 2, "gpt_large": 2}  # start vectors a seed; 4 cold cases each: 120
 SECONDS_FOR_PEER = 4  # a peer repeats as often as ours does, or until this is spent
+APART = 300  # batches between two seeds, more than one trains on
 TIMES_LARGER = (1, 16)  # data sets
 EXACTER = (0.1, 0.05, 0.02, 0.01, 0.005)  # tolerances tried for an error of 1 %
 
@@ -417,7 +418,11 @@ class Trained:
         self.name, self.seed = f"{name}, seed {seed}", seed
         torch.manual_seed(seed)
         say(f"{self.name}: training")
-        task = TASKS[name](quick, seed + 1)
+        task = TASKS[name](quick)
+        for _ in range(APART * seed):
+            task.draw()
+        if seed:
+            task.point.inputs, task.point.targets = task.draw()
         task.train(task.steps)
         early = task.point.copy()
         task.train(LATER)
