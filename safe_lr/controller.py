@@ -265,12 +265,11 @@ class Controller:
         longer = lengths.get(self.state.trial or "") if self.policy.learns else None
         return None if self.state.cap is None else pressure(lr_ref, self.state.cap, longer=longer)
 
-    @property
-    def follows(self) -> bool:
-        """Whether c of the coming step is to be looked at."""
+    def follows(self, *, turned: bool) -> bool:
+        """Whether c of the coming step is to be looked at; `turned` where someone has moved a decay."""
         state = self.state
         often = state.updates < FOLLOW_EACH or state.updates % FOLLOW_EVERY == 0
-        return state.cap is not None and state.following and often
+        return state.cap is not None and (turned or (state.following and often))
 
     def follow(self, rules: list[UpdateRule | None]) -> None:
         """Carries limit and margin over to the coming step: gamma stays until it is measured again, c is known at each.

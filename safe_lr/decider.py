@@ -80,6 +80,7 @@ class Decider:
         self.history: deque[Decision] = deque(maxlen=HISTORY)
         self.last_measurement: Measurement | None = None
         self._warned: set[str] = set()
+        self._decays: list[tuple[float | None, float | None]] = []  # of each group at the last update
 
     @property
     def state(self) -> State:
@@ -108,7 +109,8 @@ class Decider:
         if self.rewinder is not None and self._refused(self.rewinder, size, loss, observed):
             return
         early = self._outdated()
-        if control.follows:
+        before, self._decays = self._decays, self.ensemble.decays()
+        if control.follows(turned=self._decays != before):
             control.follow(self._rules())
         usual, alarm = state.trend, state.trend.alarming(size)
         state.trend = usual.after(size)

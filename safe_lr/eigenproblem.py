@@ -23,7 +23,7 @@ MIN_MATVECS = 3
 
 WARM_MATVECS = 2
 """Fewest products from an earlier eigenvector: two are right to 1.3 % where they look converged (four networks, 10
-updates later), save where another eigenvalue lies close: there a third tells as rarely (docs/performance.md)."""
+updates later), save where another eigenvalue lies close: a third product seldom tells it either."""
 
 WARM_RANDOM = 4.0
 """Norm of the random part of a warm start in units of the eigenvector's. From .05 to 4 the products needed are the
@@ -35,7 +35,7 @@ One less than twice as large is missed at any of these sizes, and mostly by thre
 COLD_MATVECS = 3
 """Fewest products where no earlier eigenvector is known."""
 
-SETTLED = 5
+COLD_SETTLED = 5
 """Products from which on a start that knows no earlier eigenvector may stop at the full tolerance; after three at half
 of it, after four at three quarters. From the gradient a few products can look converged at a smaller eigenvalue (three,
 with a residual of .09, at one 18 % too small on a GPT). At 34 points of four networks this takes fewer products than
@@ -295,7 +295,7 @@ class Eigenproblem:
             "tol": self.tol,
             "max_matvecs": max(MIN_MATVECS if self.checks else 1, self._left() - reserved - self.checks),
             "min_matvecs": COLD_MATVECS if warm is None else WARM_MATVECS,
-            "settled": SETTLED if warm is None else 1,
+            "settled": COLD_SETTLED if warm is None else 1,
             "max_basis": self.max_basis,
             "overwrite_v0": True,
         }

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from safe_lr.preconditioners import FromUpdate, Preconditioner, preconditioner_of, refused
+from safe_lr.preconditioners import FromUpdate, Preconditioner, decays, preconditioner_of, refused
 from safe_lr.stability import UpdateRule
 
 
@@ -125,6 +125,10 @@ class Ensemble:
                 total, scale = _norm(dense), getattr(optimizer, "grad_scale", None)
                 norms.append(float(total if scale is None else total / scale.to(total.device)))
         return math.hypot(*norms) if norms else None
+
+    def decays(self) -> list[tuple[float | None, float | None]]:
+        """Returns each group's decays of the first and second moment, as they stand now."""
+        return [decays(group) for group in self.param_groups]
 
     def moving(self) -> list[bool]:
         """Returns for each parameter whether it has a gradient and so takes part in the coming update."""

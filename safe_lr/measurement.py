@@ -45,7 +45,7 @@ class Measurement:
         upper: That eigenvalue plus its residual: a heuristic for an upper bound, not a certificate.
         converged: Whether every eigenvalue's residual met the tolerance.
         num_matvecs: Hessian-vector products spent, over all eigenvalues.
-        cost: Gradient evaluations spent: 1 for the graph, 2 a product (3 lean, 1 one-sided), 1/3 for a trial step.
+        cost: Gradient evaluations spent: 1 for the graph, 2 a product (3 lean, 1 one-sided), 1/2 for a trial step.
         seconds: Wall time.
         curvature, hvp: What was measured and how the products were made.
         failure: Why the measurement failed, in a sentence; None if it did not. The figures are then None or NaN.

@@ -172,8 +172,9 @@ class Mover:
 
     @property
     def proportional(self) -> bool:
-        """Whether the coming step is proportional to lr."""
-        return type(self.model).coming_step is Preconditioner.coming_step
+        """Whether the coming step is proportional to lr, and the parameter's dtype loses nothing of it."""
+        exact = torch.promote_types(self.param.dtype, torch.float32) == self.param.dtype
+        return exact and type(self.model).coming_step is Preconditioner.coming_step
 
     def coming_step(self, grad: Tensor, lr: float) -> Tensor:
         """The change of the parameter in a step of length lr (of lr_ref)."""

@@ -88,11 +88,12 @@ the coming step itself rises tenfold and more, and no earlier cap is worth holdi
 is forty times higher at 12 than at 3 took another 40 updates to get there."""
 
 SETTLED = 1e-4
-"""When the update rule's constant c moves the limit by less than this in one update, it is left until measured anew."""
+"""When the update rule's constant c moves the limit by less than this from one look to the next, it is left until
+measured anew, or until someone moves a decay."""
 
 FOLLOW_EACH, FOLLOW_EVERY = 100, 10
-"""Until this update c is followed at each, then at every so manieth: NAdam's moves for thousands, by less than .1 % an
-update, and reading it takes longer than all else in an update without a measurement."""
+"""Up to this update c is followed at each, then at every tenth while no group's decays change: NAdam's c moves for
+thousands of updates, by less than .1 % each, and reading it takes longer than all else between measurements."""
 
 RESERVE = 0.25
 """Part of `credit` kept for alarms, so that routine measurements early in a run cannot spend what a spike will need."""

@@ -153,7 +153,7 @@ class Rates:
     def apply(self, cap: float | None) -> None:
         """Writes `capped_at(cap)`; writes nothing where the cap does not bind."""
         self._top = max(self._top, self.lr_ref)
-        scale = self._scale(cap)
+        scale, nobody_wrote = self._scale(cap), self._known == self.applied
         for index, group in enumerate(self.optimizer.param_groups):
             if scale != 1:
                 _write(group, self.desired[index] * scale)
@@ -161,7 +161,7 @@ class Rates:
             elif self._written[index] is not None:
                 _write(group, self.desired[index])
                 self._written[index] = None
-        self._known = self.applied
+        self._known = self.applied if nobody_wrote else None
 
     def _scale(self, cap: float | None) -> float:
         known = [(lr, share) for lr, share in zip(self.desired, self.shares, strict=False) if lr > 0 and share > 0]

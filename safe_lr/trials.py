@@ -16,7 +16,7 @@ from safe_lr.solving import check_finite
 
 SEARCHES = 20
 """Trial steps of one search for the largest lr that lowers the loss: down to a millionth of where it began, at the cost
-of the least measurement."""
+of a measurement."""
 
 
 def search_step(moving: Sequence[Mover], closures: Closures, start: float, curvature: str = "hessian") -> Measurement:

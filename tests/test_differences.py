@@ -18,9 +18,10 @@ from torch.utils.checkpoint import checkpoint
 import safe_lr
 from safe_lr import CoherenceGuard, objective
 from safe_lr.closures import leave_no_trace
-from safe_lr.eigenproblem import Eigenproblem
+from safe_lr.eigenproblem import COLD_MATVECS, COLD_SETTLED, WARM_MATVECS, Eigenproblem
 from safe_lr.ensemble import Ensemble
 from safe_lr.graphs import graph_time, smooth
+from safe_lr.lanczos import lanczos
 from safe_lr.measurement import measure_step
 from safe_lr.movers import movers
 from safe_lr.settings import Settings
@@ -566,3 +567,59 @@ def test_kinks_elsewhere_leave_exact_products() -> None:
     assert (found.failure, found.hvp) == (None, "exact")
     assert found.lambda_max == pytest.approx(truth, rel=1e-3)
     assert found.cost == 1 + 2 * found.num_matvecs
+
+
+class Attending(nn.Module):
+    """Attention between two maps, and a kink if asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps, self.out, self.kinked = nn.Linear(8, 24), nn.Linear(8, 1), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = F.scaled_dot_product_attention(*self.maps(x).unsqueeze(1).chunk(3, dim=-1)).squeeze(1)
+        return (self.out(F.relu(mixed) if self.kinked else mixed) - 1).square().mean()
+
+
+@pytest.mark.usefixtures("any_size")
+def test_attention_runs_on_its_own_kernel_where_no_product_is_exact() -> None:
+    """The first measurement is checked by exact products, the next is not, unless it proves to be kinked."""
+    torch.manual_seed(0)
+    model = Attending()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    x = torch.randn(4, 6, 8)
+    model(x).backward()
+    kernels: list[bool] = []
+    measured = []
+
+    def loss() -> Tensor:
+        kernels.append(torch.backends.cuda.flash_sdp_enabled())  # or only the one that can be differentiated twice
+        return model(x)
+
+    for last_hvp, kinked in ((None, False), ("one-sided", False), ("one-sided", True)):
+        model.kinked = kinked
+        kernels.clear()
+        found = measure_step(
+            movers(Ensemble(optimizer), [1.0]), loss, Settings(tol=0.1, max_matvecs=60), last_hvp=last_hvp
+        )
+        measured.append((found.hvp, found.failure, kernels[0], any(kernels), all(kernels)))
+    assert measured == [
+        ("one-sided", None, False, False, False),
+        ("one-sided", None, True, True, True),
+        ("exact", None, True, True, False),
+    ]
+
+
+def test_a_cold_solve_may_stop_early_only_well_within_the_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def noted(*args: Any, **options: Any) -> Any:
+        asked.append((options["min_matvecs"], options["settled"]))
+        return lanczos(*args, **options)
+
+    monkeypatch.setattr("safe_lr.eigenproblem.lanczos", noted)
+    model, optimizer, x, y = network(nn.Tanh())
+    moving = movers(Ensemble(optimizer), [1.0])
+    first = measure_step(moving, lambda: F.cross_entropy(model(x), y), Settings(hvp="exact"))
+    measure_step(moving, lambda: F.cross_entropy(model(x), y), Settings(hvp="exact"), warm=first.vectors)
+    assert set(asked) == {(COLD_MATVECS, COLD_SETTLED), (WARM_MATVECS, 1)}

@@ -14,6 +14,7 @@ from torch.optim import SGD, Adam, Optimizer, Rprop
 from torch.optim import lr_scheduler as lrs
 
 from safe_lr import CoherenceGuard, CoherenceScheduler
+from safe_lr.policies import FREE_UPDATES
 
 LR = 1e-3  # far below every limit of the loss |x|^2 / 2
 STEPS = 30
@@ -457,3 +458,24 @@ def test_what_cannot_be_scheduled_is_refused() -> None:
         CoherenceScheduler(run.params, loggers=None)
     with pytest.raises(ValueError, match="requires grad"):
         CoherenceScheduler(SGD([torch.ones(2)], lr=0.1), loggers=None)
+
+
+@pytest.mark.parametrize("half", [5, 10, 50])
+def test_a_fixed_margin_is_kept_while_a_schedule_cycles_momentum(half: int) -> None:
+    """c moves with momentum: lr_limit = 2 (1 + mu) / lambda, at every update."""
+    h = torch.tensor([4.0, 1.0], dtype=torch.float64)
+    x = nn.Parameter(torch.tensor([1e-3, 1.0], dtype=torch.float64))
+    optimizer = SGD([x], lr=1.0, momentum=0.9)
+    cycle = {"base_lr": 10.0, "max_lr": 50.0, "base_momentum": 0.2, "max_momentum": 0.95}
+    scheduler = CoherenceScheduler(
+        optimizer, lambda o: lrs.CyclicLR(o, step_size_up=half, **cycle), margin=1.0, growth=1e9, loggers=None
+    )
+    for update in range(300):
+        (h * x * x).sum().div(2).backward()
+        scheduler.observe(lambda: (h * x * x).sum() / 2)
+        optimizer.step()
+        group = optimizer.param_groups[0]
+        if update > FREE_UPDATES:
+            assert group["lr"] <= 2 * (1 + group["momentum"]) / 4 * 1.001, update
+        scheduler.step()
+        optimizer.zero_grad()
