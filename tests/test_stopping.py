@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 import signal
 import time
@@ -30,6 +31,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"min_iter": 3, "eta": 1.3},
     {"max_iter": 9, "s": 2},
     {"max_iter": 20, "s": 4, "eta": 2, "strict": True},
+    {"max_iter": 9, "s": 2, "min_iter": 1},
+    {"min_iter": 1, "eta": 2000.0},
 ]
 
 
@@ -78,9 +81,50 @@ def test_the_rule_on_numbers_that_can_be_checked_by_hand() -> None:
     assert told({"min_iter": 2, "eta": 2, "strict": False}, "minimize", [*earlier, [0.9, 2.5]]) is None
     assert told({"min_iter": 1}, "minimize", [[1.0, 1.0]]) is None, "the first has nobody to be worse than"
     assert told({"min_iter": 1}, "maximize", [[0.9], [0.5]]) == (
-        "loss 0.5 after 1 reports is beyond 0.9, the bound of the best 1/3 of 2 runs (early_terminate)"
+        "loss 0.5 after 1 report is beyond 0.9, the bound of the best 1/3 of 2 runs (early_terminate)"
     )
-    assert bands({"max_iter": 2, "s": 5}) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"max_iter": 2, "s": 5}, []),
+        ({"max_iter": -27, "s": 2}, []),
+        ({"max_iter": 27, "s": 0}, []),
+        ({"max_iter": 27, "s": 1.5}, [3, 9]),
+        ({"max_iter": 27, "s": 2, "min_iter": 5}, [3, 9]),  # as W&B: max_iter is looked at first
+        ({"max_iter": 27, "min_iter": 2**62}, [2**62]),  # without s it says nothing
+        ({"min_iter": 1, "eta": 2000.0}, [1, 2000, 4 * 10**6, 8 * 10**9, 16 * 10**12, 32 * 10**15]),
+        ({"min_iter": 1, "eta": 1e308}, [1]),
+    ],
+    ids=str,
+)
+def test_bands_that_can_be_counted_by_hand(settings: dict[str, Any], expected: list[int]) -> None:
+    assert bands(settings) == expected
+    config = CONFIG | {"early_terminate": {"type": "hyperband", **settings}}
+    if expected:
+        assert Stopping.of(config).bands == expected
+    else:
+        with pytest.raises(ValueError, match=r"^early_terminate: max_iter .* compares no run: raise max_iter and s"):
+            Stopping.of(config)
+
+
+def test_bands_are_looked_at_before_anything_runs(tmp_path: Path) -> None:
+    config = written(tmp_path) | {"early_terminate": {"type": "hyperband", "max_iter": 2, "s": 5}}
+    with pytest.raises(ValueError, match="max_iter 2, s 5 with eta 3 compares no run"):
+        search(config, program_of(config, folder=tmp_path), engine="built-in")
+    assert not list(tmp_path.glob("done-*"))
+
+
+def test_a_value_that_is_not_finite_is_the_worst() -> None:
+    for goal, bad in itertools.product(("minimize", "maximize"), (math.nan, math.inf, -math.inf)):
+        assert told({"min_iter": 1}, goal, [[0.1], [bad]]) == (
+            "loss that is not finite after 1 report is beyond 0.1, the bound of the best 1/3 of 2 runs"
+            " (early_terminate)"
+        )
+        assert told({"min_iter": 1}, goal, [[bad], [0.1]]) is None
+        assert told({"min_iter": 1}, goal, [[bad], [bad]]) is None, "nobody is better"
+    assert told({"min_iter": 2, "strict": False}, "minimize", [[0.3, 0.2], [0.1, math.nan]]) is None
 
 
 TRAIN = """
@@ -154,8 +198,8 @@ def test_a_last_report_never_ends_a_run_and_one_alone_is_said_to_be_too_few(tmp_
 
 
 def test_what_is_no_number_is_no_report() -> None:
-    stopping = Stopping({"type": "hyperband", "min_iter": 1}, "loss", 1)
+    stopping = Stopping([1], "loss")
     stopping.begin()
-    for value in (float("nan"), float("inf"), None, "0.1", True):
+    for value in (None, "0.1", "nan", True):
         assert stopping.judge({"loss": value}) is None
     assert list(itertools.chain(*stopping.histories)) == []
