@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import math
+import os
 import random
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from safe_lr.sweeps import best, program_of, search
+from safe_lr.sweeps import Trial, best, program_of, search
+from safe_lr.sweeps.search import make_engine
 from safe_lr.sweeps.stopping import Stopping, bands
 
 CONFIG: dict[str, Any] = {
@@ -32,7 +36,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"max_iter": 9, "s": 2},
     {"max_iter": 20, "s": 4, "eta": 2, "strict": True},
     {"max_iter": 9, "s": 2, "min_iter": 1},
-    {"min_iter": 1, "eta": 2000.0},
+    {"min_iter": 1, "eta": 900.0},
 ]
 
 
@@ -160,6 +164,138 @@ def test_a_program_is_ended_while_it_runs(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.glob("done-*")] == ["done-0.1"]
     lines = [json.loads(line) for line in (tmp_path / "trials.jsonl").read_text().splitlines()]
     assert [line["status"] for line in lines] == ["finished", "pruned", "pruned"]
+    assert trials[1].value is None and trials[1].metrics == {
+        "loss": 0.2,
+        "step": 2,
+        "safe_lr_pruned": trials[1].reason,
+    }
+
+
+def test_a_judged_program_prints_at_once_and_no_other_is_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    (tmp_path / "train.py").write_text(
+        "import json, os\nprint(json.dumps({'loss': 1, 'unbuffered': os.environ.get('PYTHONUNBUFFERED')}))"
+    )
+    run = program_of(CONFIG, folder=tmp_path)
+    assert run({}, judge=lambda figures: None)["unbuffered"] == "1"
+    assert run({})["unbuffered"] is None
+    monkeypatch.setenv("PYTHONUNBUFFERED", "0")
+    assert run({}, judge=lambda figures: None)["unbuffered"] == "0", "what you say yourself counts"
+
+
+BEHIND = """
+import json, os, pathlib, signal, sys, time
+{before}
+pathlib.Path("pid").write_text(str(os.getpid()))
+print(json.dumps({{"loss": 1.0}}), flush=True)
+time.sleep(60)
+"""
+CLEANS_UP = """
+def end(*_):
+    time.sleep(0.5)
+    pathlib.Path("cleaned").touch()
+    sys.exit()
+signal.signal(signal.SIGTERM, end)
+"""
+
+
+def behind_a_shell(folder: Path, before: str) -> Any:
+    (folder / "train.py").write_text(BEHIND.format(before=before))
+    (folder / "run.sh").write_text(f'"{sys.executable}" train.py "$@"\necho finished\n')
+    return program_of(CONFIG | {"command": ["sh", "run.sh", "${args}"]}, folder=folder)
+
+
+def lives(folder: Path) -> bool:
+    """Whether the program behind the shell still does; a moment may pass until its end is seen, or for ever."""
+    process = (folder / "pid").read_text()
+    for _ in range(100):
+        try:
+            os.kill(int(process), 0)
+            if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return False  # dead, and nobody has asked how it ended
+        except ProcessLookupError:
+            return False
+        except FileNotFoundError:
+            pass  # no Linux, or gone by now
+        time.sleep(0.02)
+    return True
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="there are no process groups")
+def test_a_program_behind_a_shell_is_ended_with_it_and_may_clean_up(tmp_path: Path) -> None:
+    run = behind_a_shell(tmp_path, CLEANS_UP)
+    started = time.perf_counter()
+    figures = run({"lr": 0.5}, judge=lambda figures: "enough" if figures else None)
+    assert figures == {"loss": 1.0, "safe_lr_pruned": "enough"}
+    assert (tmp_path / "cleaned").exists() and not lives(tmp_path)
+    assert time.perf_counter() - started < 30
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="there are no process groups")
+def test_one_behind_a_shell_that_does_not_heed_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("safe_lr.sweeps.programs.GRACE", 0.2)
+    run = behind_a_shell(tmp_path, "signal.signal(signal.SIGTERM, signal.SIG_IGN)")
+    run({"lr": 0.5}, judge=lambda figures: "enough" if figures else None)
+    assert not lives(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="there are no process groups")
+@pytest.mark.parametrize("twice", [False, True])
+def test_an_interruption_ends_what_is_behind_a_shell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, twice: bool
+) -> None:
+    """Ctrl-C reaches the program through us alone; a second one does not wait until it has cleaned up."""
+
+    def interrupted(figures: dict[str, Any]) -> None:
+        if figures:
+            if twice:
+                monkeypatch.setattr("safe_lr.sweeps.programs.time.sleep", interrupted_again)
+            raise KeyboardInterrupt
+
+    def interrupted_again(seconds: float) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    run = behind_a_shell(tmp_path, CLEANS_UP)
+    with pytest.raises(KeyboardInterrupt):
+        run({"lr": 0.5}, judge=interrupted)
+    assert not lives(tmp_path)
+    assert (tmp_path / "cleaned").exists() is not twice
+
+
+def test_without_process_groups_the_program_itself_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "killpg", raising=False)
+    config = written(tmp_path)
+    started = time.perf_counter()
+    figures = program_of(config, folder=tmp_path)({"lr": 0.5}, judge=lambda figures: "enough" if figures else None)
+    assert figures["safe_lr_pruned"] == "enough"
+    assert time.perf_counter() - started < 30
+
+
+@pytest.mark.parametrize("end", [{"loss": 2.5}, {"loss": math.nan}, {}], ids=str)
+def test_what_a_pruned_run_had_reached_is_told_to_the_search(end: dict[str, float]) -> None:
+    """As W&B's server knows it. A figure that is not finite is none."""
+    config: dict[str, Any] = CONFIG | {"method": "bayes"}
+    del config["program"], config["early_terminate"]
+    trial = Trial(0, {"lr": 0.1}, "pruned", None, {**end, "safe_lr_pruned": "enough"}, "enough")
+    reached = [2.5] if end == {"loss": 2.5} else []
+    for name in ("sweeps", "optuna"):
+        if importlib.util.find_spec(name) is None:
+            continue
+        engine: Any = make_engine(config, name, 0)
+        engine.ask()
+        engine.tell(trial)
+        engine.ask()
+        if name == "sweeps":
+            run = engine._runs[0]
+            assert run.state == ("finished" if reached else "failed")
+            assert [figures["loss"] for figures in run.history or []] == reached
+        else:
+            (told_of,) = engine._study.get_trials(states=None)[:1]
+            assert told_of.state.name == ("PRUNED" if reached else "FAIL")
+            assert list(told_of.intermediate_values.values()) == reached
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGTERM"), reason="there is no such signal")
@@ -168,7 +304,9 @@ def test_one_that_does_not_heed_is_killed(tmp_path: Path, monkeypatch: pytest.Mo
     config = written(tmp_path, "signal.signal(signal.SIGTERM, signal.SIG_IGN)")
     started = time.perf_counter()
     assert program_of(config, folder=tmp_path)({"lr": 0.5}, judge=lambda figures: "enough" if figures else None) == {
-        "safe_lr_pruned": "enough"
+        "loss": 0.5,
+        "step": 0,
+        "safe_lr_pruned": "enough",
     }
     assert time.perf_counter() - started < 30
 
