@@ -335,8 +335,8 @@ def test_nothing_below_8_times_the_limit_is_cut_though_it_was_seen_to_fail() -> 
     for spec in ({"values": [1.0, 3.0]}, {"min": 1.0, "max": 3.9}):  # the limit is .5
         clipped = clip_to_stable(one(**spec), slope, quadratic, optimizer_factory=sgd)
         assert clipped.pop("description") == (
-            f"lr: a bare run at lr {spec.get('max', 3.0):.3g} fails within 50 updates, but all of it is below 8 times the "
-            "largest limit met in a protected one, 0.5: nothing is cut."
+            f"lr: a bare run at lr {spec.get('max', 3.0):.3g} fails within 50 updates, but all of it is below 8 times "
+            "the largest limit met in a protected one, 0.5: nothing is cut."
         )
         assert clipped == one(**spec)
     found = stable_ceiling(slope, quadratic, optimizer_factory=sgd, highest=3.9)
