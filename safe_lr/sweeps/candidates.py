@@ -98,7 +98,7 @@ def configs(parameters: Mapping[str, Any]) -> Candidates:
     A name that torch does not have is no case for the stand-ins: they could cut what its owner trains.
 
     Raises:
-        ValueError: `optimizer` is something else than names of torch's optimizers, or SGD's `momentum` outside [0, 1).
+        ValueError: `optimizer` is something else than names of torch's optimizers, or `momentum` is outside [0, 1).
 
     Example:
         >>> found = configs({"optimizer": {"values": ["adam", "sgd"]}, "momentum": {"value": 0.5}})
@@ -107,7 +107,8 @@ def configs(parameters: Mapping[str, Any]) -> Candidates:
     """
     momenta = [float(value) for value in _listed(parameters.get("momentum", {})) if is_number(value)] or [MOMENTUM]
     if "optimizer" not in parameters:
-        _fit(momenta)
+        for name in STAND_INS:
+            _fit(named(name, momenta))
         return stand_ins(
             momenta,
             "The config names no optimizer, so {} were assumed: name yours in its parameter optimizer, or pass "
@@ -119,17 +120,18 @@ def configs(parameters: Mapping[str, Any]) -> Candidates:
             several += [one for one in named(name, momenta) if one not in several]
         except ValueError as error:
             raise ValueError(f"parameters.optimizer: {error}: {_MEND}") from error
-    if any(one.cls is torch.optim.SGD for one in several):
-        _fit(momenta)
+    _fit(several)
     return Candidates(several, "The config names the optimizer; pass optimizer_factory= if yours is made otherwise")
 
 
-def _fit(momenta: Sequence[float]) -> None:
-    for momentum in momenta:
+def _fit(several: Sequence[Named]) -> None:
+    """Raises where a config's momentum makes an optimizer that cannot train."""
+    for one in several:
+        momentum = one.options.get("momentum", 0.0)
         if not 0 <= momentum < 1:
             raise ValueError(
-                f"parameters.momentum: {momentum:g} is not inside [0, 1), and SGD is to run with it: leave it out, or "
-                f"{_MEND}"
+                f"parameters.momentum: {momentum:g} is not inside [0, 1), and {one.cls.__name__} is to run with it: "
+                f"leave it out, or {_MEND}"
             )
 
 
