@@ -12,6 +12,7 @@ from torch import nn
 
 from safe_lr.preconditioners.named import named
 from safe_lr.sweeps import clip_to_stable, stable_ceiling, violations
+from safe_lr.sweeps.candidates import Runs
 
 RANGE = {"distribution": "log_uniform_values", "min": 1e-3, "max": 100.0}
 NO_LIMIT = {"LBFGS", "Rprop"}
@@ -121,7 +122,42 @@ def test_nothing_is_cut_where_one_of_several_trains_at_the_upper_end() -> None:
 def test_nor_where_the_range_ends_below_8_times_the_limit_of_one() -> None:
     found = stable_ceiling(near, quadratic, highest=7.0)
     assert found.lr is None and found.lr_limit == pytest.approx(0.95, rel=1e-2)
-    assert "of SGD with momentum 0.9, all of it is below 8 times the largest limit met, 0.9" in found.reason
+    assert found.reason.startswith(
+        "of SGD with momentum 0.9, a bare run at lr 7 fails within 50 updates, but all of it is below 8 times the "
+        "largest limit met in a protected one, 0.9"
+    )
+    assert "were assumed" in found.reason
+    range_ = {"distribution": "log_uniform_values", "min": 1e-3, "max": 7.0}
+    config = swept(lr=range_) | {"description": "Mine."}
+    clipped = clip_to_stable(config, near, quadratic)
+    said = clipped["description"]
+    assert said.startswith("Mine. lr: of SGD with momentum 0.9, a bare run at lr 7 fails within 50 updates")
+    assert said.endswith("name yours in its parameter optimizer, or pass optimizer_factory=.")
+    assert clipped == config | {"description": said}
+
+
+def test_a_batch_whose_curvature_vanishes_with_its_loss_has_no_endless_limit() -> None:
+    """Two separated points, a logistic loss: H = p (1 - p) diag(1, 0) at most 1 / 4 and gone within 50 updates."""
+
+    def logistic(model: nn.Module) -> Callable[[], torch.Tensor]:
+        return lambda: nn.functional.softplus(-model.weight[0, 0])
+
+    def plain(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=1.0)
+
+    def start(weight: float) -> Callable[[], nn.Module]:
+        def made() -> nn.Module:
+            model = nn.Linear(1, 1, bias=False)
+            nn.init.constant_(model.weight, weight)
+            return model
+
+        return made
+
+    runs = Runs(plain, start(0.0), logistic, 50, 0, spoken_of=False)
+    limit, _ = runs.largest_limit(1e9)
+    tenth = math.log(2) / 10
+    p = 1 - math.exp(-tenth)  # of the wrong class, where the loss has come down to a tenth
+    assert 8 <= limit <= 2 / (p * (1 - p)), "between the first curvature's and that at a tenth of the loss"
 
 
 @pytest.mark.parametrize(
@@ -233,11 +269,51 @@ def test_errors_of_ones_own_code_stay_as_they_are() -> None:
         stable_ceiling(near, lambda model: broken, highest=1.0)
     with pytest.raises(ValueError, match="closure_factory gave no closure: its iterable must begin anew"):
         stable_ceiling(near, lambda model: [], highest=1.0)
-    for wrong in ("adam", [], [sgd, "adam"], sgd(near())):
-        with pytest.raises(
-            TypeError, match="(?s)^optimizer_factory=.*: give a function that makes a model's optimizer"
-        ):
+    give = "give a function that makes a model's optimizer, or a list of such functions"
+    mine = type("Mine", (torch.optim.SGD,), {})
+    for wrong, said in (
+        ("adam", f"optimizer_factory='adam': {give}"),
+        ([], f"optimizer_factory=[]: {give}"),
+        (["adam"], f"optimizer_factory=['adam']: {give}"),
+        (sgd(near()), f"optimizer_factory=<an optimizer SGD>: {give}"),
+        ([sgd(near())], f"optimizer_factory=[<an optimizer SGD>]: {give}"),
+        (
+            torch.optim.Adam,
+            "optimizer_factory: torch.optim.Adam is a class, and takes parameters, no model: give lambda model: "
+            "torch.optim.Adam(model.parameters())",
+        ),
+        (
+            [sgd, mine],
+            "optimizer_factory: Mine is a class, and takes parameters, no model: give lambda model: Mine(model.",
+        ),
+        (
+            [lambda model: "adam"],
+            "optimizer_factory has returned 'adam', which is no optimizer of torch's kind: return one",
+        ),
+    ):
+        with pytest.raises(TypeError) as raised:
             stable_ceiling(near, quadratic, highest=1.0, optimizer_factory=wrong)
+        assert str(raised.value).startswith(said)
+
+
+@pytest.mark.parametrize("named_too", [{}, {"optimizer": {"value": "sgd"}}])
+@pytest.mark.parametrize("momentum", [1.0, 1.5, -0.1])
+def test_a_momentum_that_cannot_be_is_the_configs_fault(momentum: float, named_too: dict[str, Any]) -> None:
+    config = swept(momentum={"values": [0.9, momentum]}, **named_too)
+    with pytest.raises(ValueError) as raised:
+        clip_to_stable(config, near, quadratic)
+    assert str(raised.value).startswith(f"parameters.momentum: {momentum:g} is not inside [0, 1), and SGD is to run")
+    other = swept(momentum={"values": [0.9, momentum]}, optimizer={"value": "adamw"})
+    assert clip_to_stable(other, near, quadratic)["parameters"]["momentum"] == other["parameters"]["momentum"]
+
+
+def test_who_is_to_blame_where_no_limit_is_found_depends_on_who_made_the_optimizer() -> None:
+    def endless(model: nn.Module) -> Callable[[], torch.Tensor]:
+        return lambda: (model.weight * math.inf).sum()
+
+    for factory, blame in ((None, "closure_factory"), (sgd, "closure_factory and optimizer_factory")):
+        with pytest.raises(ValueError, match=f"could be measured .*: check {blame}$"):
+            stable_ceiling(near, endless, highest=1.0, optimizer_factory=factory)
 
 
 def test_the_callers_streams_and_config_are_left_alone_and_it_repeats() -> None:

@@ -333,10 +333,15 @@ def test_values_are_dropped_and_weights_still_add_up() -> None:
 
 def test_nothing_below_8_times_the_limit_is_cut_though_it_was_seen_to_fail() -> None:
     for spec in ({"values": [1.0, 3.0]}, {"min": 1.0, "max": 3.9}):  # the limit is .5
-        assert clip_to_stable(one(**spec), slope, quadratic, optimizer_factory=sgd) == one(**spec)
+        clipped = clip_to_stable(one(**spec), slope, quadratic, optimizer_factory=sgd)
+        assert clipped.pop("description") == (
+            f"lr: a bare run at lr {spec.get('max', 3.0):.3g} fails within 50 updates, but all of it is below 8 times "
+            "the largest limit met in a protected one, 0.5: nothing is cut."
+        )
+        assert clipped == one(**spec)
     found = stable_ceiling(slope, quadratic, optimizer_factory=sgd, highest=3.9)
     assert found.lr is None and found.lr_limit == pytest.approx(0.5, rel=1e-2)
-    assert found.reason == "all of it is below 8 times the largest limit met, 0.5: nothing is cut"
+    assert found.reason.endswith("below 8 times the largest limit met in a protected one, 0.5: nothing is cut")
 
 
 def test_what_a_clip_has_nothing_to_do_with() -> None:

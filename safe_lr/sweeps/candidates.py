@@ -1,4 +1,4 @@
-"""Whose runs decide what cannot train, and these runs."""
+"""The optimizers whose runs decide what cannot train, and the runs that they make."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ Makes = Callable[[nn.Module], Optimizer]
 HOPELESS = 1e6
 """A loss this many times the first one ends a bare run."""
 
+COUNTS = 0.1
+"""Curvature counts while the loss is above this share of its first value. On a batch that can be classified without
+error it goes to zero with the loss, and the limit grows without bound."""
+
 _MEND = "pass optimizer_factory=, a function that makes a model's optimizer, or a list of such functions"
 
 
@@ -43,7 +47,7 @@ def own(given: Makes | Sequence[Makes]) -> Candidates:
     """Returns the caller's own.
 
     Raises:
-        TypeError: It is neither a function nor a list of functions.
+        TypeError: It is neither a function nor a list of functions, or one of them is a class.
 
     Example:
         >>> own("adam")
@@ -51,11 +55,26 @@ def own(given: Makes | Sequence[Makes]) -> Candidates:
         TypeError: optimizer_factory='adam': give a function that makes a model's optimizer, or a list of such functions
     """
     several = [given] if callable(given) else list(given) if isinstance(given, list | tuple) else []
+    for makes in several:
+        if isinstance(makes, type) and issubclass(makes, Optimizer):
+            name = f"torch.optim.{makes.__name__}" if makes in vars(torch.optim).values() else makes.__name__
+            raise TypeError(
+                f"optimizer_factory: {name} is a class, and takes parameters, no model: give "
+                f"lambda model: {name}(model.parameters())"
+            )
     if not several or not all(callable(makes) for makes in several):
         raise TypeError(
-            f"optimizer_factory={given!r}: give a function that makes a model's optimizer, or a list of such functions"
+            f"optimizer_factory={_shown(given)}: give a function that makes a model's optimizer, or a list of such "
+            "functions"
         )
     return Candidates(several)
+
+
+def _shown(given: Any) -> str:
+    """Its repr; of an optimizer, whose is many lines long, what it is."""
+    if isinstance(given, list | tuple):
+        return f"[{', '.join(map(_shown, given))}]"
+    return f"<an optimizer {type(given).__name__}>" if isinstance(given, Optimizer) else repr(given)
 
 
 def stand_ins(
@@ -79,7 +98,7 @@ def configs(parameters: Mapping[str, Any]) -> Candidates:
     A name that torch does not have is no case for the stand-ins: they could cut what its owner trains.
 
     Raises:
-        ValueError: `optimizer` is something else than names of torch's optimizers.
+        ValueError: `optimizer` is something else than names of torch's optimizers, or `momentum` is outside [0, 1).
 
     Example:
         >>> found = configs({"optimizer": {"values": ["adam", "sgd"]}, "momentum": {"value": 0.5}})
@@ -88,6 +107,8 @@ def configs(parameters: Mapping[str, Any]) -> Candidates:
     """
     momenta = [float(value) for value in _listed(parameters.get("momentum", {})) if is_number(value)] or [MOMENTUM]
     if "optimizer" not in parameters:
+        for name in STAND_INS:
+            _fit(named(name, momenta))
         return stand_ins(
             momenta,
             "The config names no optimizer, so {} were assumed: name yours in its parameter optimizer, or pass "
@@ -99,7 +120,19 @@ def configs(parameters: Mapping[str, Any]) -> Candidates:
             several += [one for one in named(name, momenta) if one not in several]
         except ValueError as error:
             raise ValueError(f"parameters.optimizer: {error}: {_MEND}") from error
+    _fit(several)
     return Candidates(several, "The config names the optimizer; pass optimizer_factory= if yours is made otherwise")
+
+
+def _fit(several: Sequence[Named]) -> None:
+    """Raises where a config's momentum makes an optimizer that cannot train."""
+    for one in several:
+        momentum = one.options.get("momentum", 0.0)
+        if not 0 <= momentum < 1:
+            raise ValueError(
+                f"parameters.momentum: {momentum:g} is not inside [0, 1), and {one.cls.__name__} is to run with it: "
+                f"leave it out, or {_MEND}"
+            )
 
 
 def _listed(spec: Mapping[str, Any]) -> list[Any]:
@@ -133,6 +166,10 @@ class Runs:
         model = self.model_factory()
         with self.fitting():
             optimizer = self.makes(model)
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"optimizer_factory has returned {optimizer!r}, which is no optimizer of torch's kind: return one"
+            )
         self.name = self.makes.name if isinstance(self.makes, Named) else type(optimizer).__name__
         largest = max(float(group["lr"]) for group in optimizer.param_groups)
         for group in optimizer.param_groups:
@@ -170,24 +207,37 @@ class Runs:
         return sum(last) / len(last) < losses[0]
 
     def largest_limit(self, lr: float) -> tuple[float, float]:
-        """The largest limit met in a protected run, and what measuring cost."""
+        """The largest limit met in a protected run, and what measuring cost.
+
+        With lr_limit = c / gamma that is the largest c, which momentum reaches after some updates, times the largest
+        1 / gamma met while the loss was above a tenth of its first value; the first one met where there is none.
+        """
         optimizer, closures = self.start(lr)
         guard = CoherenceGuard(optimizer, loggers=None, credit=1e6, seed=self.seed)
+        losses: list[float] = []
         try:
             for closure in closures:
                 optimizer.zero_grad()
-                closure().backward()  # type: ignore[no-untyped-call]
+                loss = closure()
+                losses.append(abs(float(loss.detach())))
+                loss.backward()  # type: ignore[no-untyped-call]
                 guard.observe(closure)
                 optimizer.step()
-            met = [d.limits.get("momentum", d.lr_limit) if d.limits else d.lr_limit for d in guard.history]
-            limits = [limit for limit in met if limit is not None and math.isfinite(limit)]
-            if not limits:
+            met: list[tuple[float, float, float]] = []  # c / 2, 2 / gamma, the loss
+            for d in guard.history:
+                limits: Mapping[str, float | None] = d.limits or (
+                    {} if met else {"momentum": d.lr_limit}
+                )  # those of trial steps have no parts
+                limit, plain = limits.get("momentum"), limits.get("coherence") or limits.get("momentum")
+                if limit and plain and math.isfinite(limit) and math.isfinite(plain):
+                    met.append((limit / plain, plain, losses[d.step]))
+            if not met:
                 last = guard.last_decision
                 why = "no update was made" if last is None else last.failure or last.reason
-                raise ValueError(
-                    f"no limit of {self.name} could be measured ({why}): check closure_factory and optimizer_factory"
-                )
-            return max(limits), guard.summary().cost
+                blame = "closure_factory" if isinstance(self.makes, Named) else "closure_factory and optimizer_factory"
+                raise ValueError(f"no limit of {self.name} could be measured ({why}): check {blame}")
+            counting = [plain for _, plain, loss in met if loss > COUNTS * losses[0]] or [met[0][1]]
+            return max(half for half, _, _ in met) * max(counting), guard.summary().cost
         finally:
             guard.close()
 

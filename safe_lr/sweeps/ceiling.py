@@ -32,7 +32,7 @@ class Ceiling:
 
     Attributes:
         lr: That lr: a bare run at it was seen to fail. None where nothing is to be cut.
-        lr_limit: The largest limit met in the protected run; NaN if none was needed.
+        lr_limit: The largest limit met in the protected run, by curvatures that count; NaN if none was needed.
         trained_at: The largest lr at which a bare run was seen to train, None if none was tried or none trained.
         reason: The above in a sentence.
         cost: Gradient evaluations spent.
@@ -59,8 +59,9 @@ def stable_ceiling(
 
     1. A bare run of `steps` updates at `highest`. If it trains, nothing is to be cut.
     2. A protected run of as many updates, in which the limit is measured several times; its largest value counts, since
-       that at initialisation is far too small for an adaptive optimizer. If `highest` is below `multiple` times that,
-       nothing is to be cut.
+       that at initialisation is far too small for an adaptive optimizer. Curvature counts only while the loss is above
+       a tenth of its first value: it can vanish with the loss, and the limit grows without bound. If `highest` is below
+       `multiple` times that limit, nothing is to be cut.
     3. Bare runs at `multiple * lr_limit`, then at 4 times that, and so on, until one fails: that is the ceiling.
 
     A run trains if the mean loss of its last quarter is below its first loss. So what is cut lies beyond the linear
@@ -144,7 +145,10 @@ def _climb(runs: Runs, highest: float, multiple: float) -> Ceiling:
     limit, spent = runs.largest_limit(highest)
     ceiling, trained, cost = multiple * limit, None, runs.steps + spent
     if ceiling > highest:
-        reason = f"{runs.whose}all of it is below {multiple:g} times the largest limit met, {limit:.3g}: nothing is cut"
+        reason = (
+            f"{runs.whose}a bare run at lr {highest:.3g} fails within {runs.steps} updates, but all of it is below "
+            f"{multiple:g} times the largest limit met in a protected one, {limit:.3g}: nothing is cut"
+        )
         return Ceiling(None, limit, None, reason, cost)
     while ceiling < highest:
         cost += runs.steps
@@ -173,7 +177,9 @@ def clip_to_stable(
     """Returns a sweep config without the part of its lr range that cannot train.
 
     The rule is `stable_ceiling`'s. A range is cut at the ceiling, values from it on are dropped, and the config's
-    `description` says so. Only the upper end is cut: an lr that is too small is slow, not unstable.
+    `description` says so. It says why, too, where nothing is cut though bare runs at the upper end have failed; where
+    one has trained there, the config stays as it is. Only the upper end is cut: an lr that is too small is slow, not
+    unstable.
 
     Whose runs decide: those of `optimizer_factory`; else of torch's optimizers that the config's parameter `optimizer`
     names ("adam", "SGD"); else of SGD and AdamW, which stand in, as the `description` says. Of several, what one can
@@ -228,7 +234,7 @@ def clip_to_stable(
         seed=seed,
     )
     if found.lr is None:
-        return clipped
+        return clipped if found.trained_at is not None else _noted(clipped, f"{parameter}: {found.reason}.")
     if found.lr <= ends[0]:
         raise ValueError(
             f"parameters.{parameter}: nothing between {ends[0]:.3g} and {ends[1]:.3g} can train: {found.reason}. "
@@ -242,6 +248,10 @@ def clip_to_stable(
         if lrs.weights is not None:
             total = sum(lrs.weights[index] for index in kept)
             spec["probabilities"] = [lrs.weights[index] / total for index in kept]
-    note = f"{parameter} cut from {ends[1]:.3g} to below {found.lr:.3g}: {found.reason}."
-    clipped["description"] = f"{clipped['description']} {note}" if clipped.get("description") else note
-    return clipped
+    return _noted(clipped, f"{parameter} cut from {ends[1]:.3g} to below {found.lr:.3g}: {found.reason}.")
+
+
+def _noted(config: dict[str, Any], note: str) -> dict[str, Any]:
+    """Writes a sentence behind what the config's `description` says already."""
+    config["description"] = f"{config['description']} {note}" if config.get("description") else note
+    return config

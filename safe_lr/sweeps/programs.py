@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +108,8 @@ def command_line(config: Mapping[str, Any], params: Mapping[str, Any]) -> list[s
 class Program:
     """A config's program as a function of its parameters; `program_of` makes it.
 
-    It runs with W&B switched off (WANDB_MODE=disabled), unless the environment says otherwise.
+    It runs with W&B switched off (WANDB_MODE=disabled), unless the environment says otherwise, and in a session of its
+    own, so that what it has started can be ended with it.
     """
 
     def __init__(self, config: Mapping[str, Any], folder: str | Path) -> None:
@@ -119,7 +123,8 @@ class Program:
         Args:
             params: What it runs with.
             judge: Called with the figures of each such line as it comes. Where it returns a reason the program is
-                ended, and its figures are that reason alone, as `safe_lr_pruned`.
+                ended with all that it has started, and its figures are its last ones and, as `safe_lr_pruned`, that
+                reason.
 
         Raises:
             RuntimeError: The program failed.
@@ -137,19 +142,21 @@ class Program:
                 stdout=subprocess.PIPE,
                 stderr=complaints,
                 text=True,
+                start_new_session=True,
             ) as process,
         ):
             printed: list[str] = []
             try:
                 for line in process.stdout or ():
                     printed.append(line)
-                    reason = None if judge is None else judge(last_figures(line))
+                    figures = last_figures(line)
+                    reason = None if judge is None else judge(figures)
                     if reason is not None:
                         _end(process)
-                        return {PRUNED: reason}
+                        return {**figures, PRUNED: reason}
                 status = process.wait()
-            except BaseException:  # Ctrl-C among them: the program must not outlive us
-                process.kill()
+            except BaseException:  # Ctrl-C among them, which reaches no other session: the program must not outlive us
+                _end(process)
                 raise
             complaints.seek(0)
             said = "".join(printed)
@@ -162,12 +169,35 @@ class Program:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """Ends a program: asked first, so that it may clean up."""
-    process.terminate()
+    """Ends a program and all of its group, a shell's or launcher's children among them: asked first, then killed."""
     try:
-        process.wait(GRACE)
-    except subprocess.TimeoutExpired:
+        _signal(process, kill=False)
+        until = time.monotonic() + GRACE
+        while _lives(process) and time.monotonic() < until:
+            time.sleep(0.02)
+    finally:  # a second Ctrl-C comes out of the wait
+        _signal(process, kill=True)
+
+
+def _signal(process: subprocess.Popen[str], *, kill: bool) -> None:
+    if hasattr(os, "killpg"):
+        with suppress(ProcessLookupError, PermissionError):  # all have ended
+            os.killpg(process.pid, signal.SIGKILL if kill else signal.SIGTERM)
+    elif kill:
         process.kill()
+    else:
+        process.terminate()
+
+
+def _lives(process: subprocess.Popen[str]) -> bool:
+    """Whether the program or anything of its group does."""
+    if process.poll() is None:
+        return True
+    try:
+        os.killpg(process.pid, 0)
+    except (AttributeError, ProcessLookupError, PermissionError):  # Windows has no groups; macOS forbids dead ones
+        return False
+    return True
 
 
 def program_of(config: Mapping[str, Any], *, folder: str | Path = ".") -> Program:

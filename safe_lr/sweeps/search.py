@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
 from safe_lr.loggers import is_stop_request
-from safe_lr.sweeps.checks import check, wandbs_search
+from safe_lr.sweeps.checks import check, is_number, wandbs_search
 from safe_lr.sweeps.programs import Program
 from safe_lr.sweeps.pruning import PRUNED
 from safe_lr.sweeps.spaces import Choice, space
@@ -38,7 +38,7 @@ class Trial:
         status: `finished`, `pruned` (it said why, under `safe_lr_pruned`) or `failed` (it raised, or returned no finite
             value of the metric).
         value: The metric; None where it did not finish.
-        metrics: All that it returned.
+        metrics: All that it returned; a program that was ended early, its last figures.
         reason: Why it was pruned or failed.
         seconds: Wall time.
     """
@@ -107,7 +107,7 @@ def search(
     stopping = _stopping(config, train)
     asked = make_engine(config, engine, seed)
     most = runs or config.get("run_cap") or (None if config["method"] == "grid" else 10)
-    metric = (config.get("metric") or {}).get("name", "val_loss")
+    metric = _metric(config)
     trials: list[Trial] = []
     with _lines(log_path) as file:
         while most is None or len(trials) < most:
@@ -183,6 +183,16 @@ def _written(file: IO[bytes], trial: Trial) -> bool:
         warnings.warn(f"{file.name}: {error.strerror}: the search goes on, no more trials are written", stacklevel=3)
         return False
     return True
+
+
+def _metric(config: Mapping[str, Any]) -> str:
+    return str((config.get("metric") or {}).get("name", "val_loss"))
+
+
+def _reached(trial: Trial, metric: str) -> float | None:
+    """The last figure of a pruned trial, None if it has none that is finite: to W&B's search it is a finished run's."""
+    figure: Any = (trial.metrics or {}).get(metric)
+    return float(figure) if trial.status == "pruned" and is_number(figure) else None
 
 
 # ---- who proposes
@@ -294,10 +304,11 @@ class _Sweeps:
     def tell(self, trial: Trial) -> None:
         import sweeps
 
-        run = self._runs[-1]
-        run.state = sweeps.RunState.finished if trial.value is not None else sweeps.RunState.failed
-        if trial.value is not None:
-            run.summary_metrics = {self._config.get("metric", {}).get("name", "val_loss"): trial.value}
+        run, metric = self._runs[-1], _metric(self._config)
+        reached = trial.value if trial.value is not None else _reached(trial, metric)
+        run.state = sweeps.RunState.finished if reached is not None else sweeps.RunState.failed
+        if reached is not None:
+            run.summary_metrics = {metric: reached}
             run.history = [run.summary_metrics]
 
 
@@ -340,6 +351,7 @@ class _Optuna:
         self._grid = _grid_points(self._spaces) if config["method"] == "grid" else None
         kind = optuna.samplers.TPESampler if config["method"] == "bayes" else optuna.samplers.RandomSampler
         goal = (config.get("metric") or {}).get("goal", "minimize")
+        self._metric = _metric(config)
         with _quiet():
             self._study = optuna.create_study(direction=goal, sampler=kind(seed=seed))
         self._asked: Any = None
@@ -361,10 +373,17 @@ class _Optuna:
     def tell(self, trial: Trial) -> None:
         import optuna
 
-        if self._asked is not None:
-            with _quiet():
-                failed = optuna.trial.TrialState.FAIL
-                self._study.tell(self._asked, trial.value, state=failed if trial.value is None else None)
+        if self._asked is None:
+            return
+        with _quiet():
+            reached = _reached(trial, self._metric)
+            if trial.value is not None:
+                self._study.tell(self._asked, trial.value)
+            elif reached is not None:
+                self._asked.report(reached, step=0)
+                self._study.tell(self._asked, state=optuna.trial.TrialState.PRUNED)
+            else:
+                self._study.tell(self._asked, state=optuna.trial.TrialState.FAIL)
 
 
 @contextmanager
