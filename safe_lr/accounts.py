@@ -53,7 +53,7 @@ class State:
     hvp: str | None = None  # how the last good measurement made its products
     checked: bool = False  # whether the closure was seen to be deterministic, or not to be
     trial: Trial | None = None  # what the last trial steps found
-    calm_until: int = 0  # after a rewind: updates until trial steps may raise the multiple again
+    calm_until: int = 0  # after a rewind or a cut at a drift: updates until trial steps may raise the multiple again
     retry: int = 0  # updates until a failed measurement is tried again; 0 after a good one
     trial_at: int = 0
     trial_gap: int = 2

@@ -123,18 +123,26 @@ class Controller:
         return self.policy.learns and self.state.cap is not None and lr_ref > self.state.cap
 
     def cut(self) -> str | None:
-        """Cuts a learned margin since the loss drifts up, to no less than MULTIPLE_DRIFT; returns what it did to it.
+        """Cuts a learned margin and the cap since the loss drifts up; returns what that did to them, None if nothing.
 
-        As after a rewind trial steps with room do not raise the multiple again for a while.
+        From what was used, as after a rewind, but to no less than MULTIPLE_DRIFT allows; and trial steps with room do
+        not raise the multiple again for a while.
         """
-        state, old = self.state, self.state.margin
-        if state.cap is None:
+        state = self.state
+        if not state.cap:
             return None
-        state.multiple = learned_multiple(state.multiple, "bad", used=state.multiple, least=MULTIPLE_DRIFT)
-        self._set_margin()
-        state.cap = min(state.cap, self.cap_under(state.figures["lr_limit"]))
+        limit = state.figures["lr_limit"]
+        unit = state.share * limit
+        multiple = learned_multiple(state.multiple, "bad", used=state.cap / unit, least=MULTIPLE_DRIFT)
+        margin = self._margin_at(multiple)
+        cap = min(state.cap, max(state.cap / STEP, MULTIPLE_DRIFT * unit), margin * limit)
+        moves = {"margin": (state.margin, margin), "cap": (state.cap, cap)}
+        told = [f"{name} {old:.3g} -> {new:.3g}" for name, (old, new) in moves.items() if new < old]
+        if not told:
+            return None
+        state.multiple, state.margin, state.cap = multiple, margin, cap
         state.calm_until = state.updates + max(TRIAL_GAP, state.gap)
-        return None if state.margin == old else f"margin {old:.3g} -> {state.margin:.3g}"
+        return ", ".join(told)
 
     # ---- when
 
@@ -315,8 +323,10 @@ class Controller:
         self._set_margin()
 
     def _set_margin(self) -> None:
-        state = self.state
-        state.margin = self.policy.margin_at(state.multiple, state.share, young=self.young and self.tolerance <= 1)
+        self.state.margin = self._margin_at(self.state.multiple)
+
+    def _margin_at(self, multiple: float) -> float:
+        return self.policy.margin_at(multiple, self.state.share, young=self.young and self.tolerance <= 1)
 
     def _flip(self) -> float:
         """The largest c of the parameters that move, where the limit counts it."""

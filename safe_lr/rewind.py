@@ -1,7 +1,8 @@
 """What to do about an update whose gradient or loss looks wrong: pure functions of numbers.
 
 The question is who is to blame, the batch or the parameters. The batch's loss under the present parameters and under
-those of a snapshot a few updates older tells: two forward passes, only when something looks wrong.
+those of a snapshot a few updates older tells: two forward passes when something looks wrong, and mostly one before each
+new snapshot, where the cap holds lr back, for a loss that drifts up though no update looks wrong.
 """
 
 from __future__ import annotations

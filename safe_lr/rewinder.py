@@ -92,6 +92,7 @@ class Rewinder:
         self._droppable = float(DROPS)  # batches far out that may still be dropped
         self._watching = self._held_back = False
         self._doubt: tuple[float, float] | None = None  # a batch's losses that say the run is worse than its snapshot
+        self._unit: float | None = None  # the told loss in units of what the closure returns, once both were seen
         self.drifted: str | None = None
         self._losses = Losses()
         self._beside = _Beside({}, None, None, [])
@@ -188,21 +189,23 @@ class Rewinder:
         """Before a new snapshot: whether a second batch must tell if the loss has risen since the last; then cuts.
 
         A run at the edge of stability drifts up over several updates of which none looks wrong. One batch says little
-        of that: rare examples in it were met, or disturbed, since. So the losses of both are added up. Where nothing
-        holds lr back this is not asked: there is nothing to cut.
+        of that: rare examples in it were met, or disturbed, since. So the mean of both counts. Where nothing holds lr
+        back this is not asked: there is nothing to cut.
         """
-        before, self._doubt = self._doubt or (0.0, 0.0), None
+        before, self._doubt = self._doubt, None
         found, cost = self._compare(closures, loss)
         control.state.looked(cost)
         if found is None:
             return False
-        now, then = found[0] + before[0], found[1] + before[1]
+        now, then = found
+        if before is not None:
+            now, then = (before[0] + now) / 2, (before[1] + then) / 2
         if not (math.isfinite(then) and self._losses.above(now, then) > math.log(JUMP)):
             return False
-        if before == (0.0, 0.0):
-            self._doubt = now, then
+        if before is None:
+            self._doubt = found
             return True
-        cut, sign = control.cut(), self._sign() / 2
+        cut, sign = control.cut(), self._sign()
         if cut is not None:
             self.drifted = (
                 f"{cut}: on two batches the loss is {sign * now:.4g}, under the last snapshot {sign * then:.4g}"
@@ -316,14 +319,17 @@ class Rewinder:
         return self._summed(float(not all(map(bool, finite))))[0] == 0
 
     def _compare(
-        self, closures: Sequence[Closure] | None, known: float | None = None
+        self, closures: Sequence[Closure] | None, told: float | None = None
     ) -> tuple[tuple[float, float] | None, float]:
         """The batch's signed loss under the present and under the snapshot's parameters, and what that cost.
 
-        Where it is `known` (the loss that was differentiated), and no JUMP above the snapshot's, it is not evaluated.
+        Where it was `told` (the loss that was differentiated) the first need not be evaluated. But what is told may be
+        in another unit, a sum or a micro-batch's part of the mean, or of another dropout mask. So the unit is learned,
+        and where what it makes of the told loss lies JUMP above or below the snapshot's, both are evaluated after all.
         """
         if self._summed(float(not closures))[0] or not closures:
             return None, 0.0
+        known = None if told is None or self._unit is None else told / self._unit
         now = then = failed = 0.0
         try:
             params = [p for group in self.ensemble.param_groups for p in group["params"]]
@@ -337,13 +343,19 @@ class Rewinder:
         except (RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError):
             failed = 1.0  # a closure that cannot be evaluated tells nothing: the gradient alone has to do
         now, then, failed = self._summed(now, then, failed)
-        unit = self._sign() / processes.count(self._group)
-        if known is None:
-            return None if failed else (unit * now, unit * then), 2 * COST_OF_LOSS
-        if failed or self._losses.above(known, unit * then) <= math.log(JUMP):
-            return None if failed else (known, unit * then), COST_OF_LOSS
-        found, cost = self._compare(closures)  # what the user calls the loss may be a sum, or have another dropout mask
-        return found, COST_OF_LOSS + cost
+        sign = self._sign() / processes.count(self._group)
+        now, then = sign * now if known is None else known, sign * then
+        cost = COST_OF_LOSS if known is not None else 2 * COST_OF_LOSS
+        if failed:
+            return None, cost
+        if known is None and told is not None:
+            unit = told / now if now else 0.0
+            self._unit = unit if 0 < unit < math.inf else None
+        if known is None or (math.isfinite(then) and abs(self._losses.above(known, then)) <= math.log(JUMP)):
+            return (now, then), cost
+        self._unit = None
+        found, more = self._compare(closures, told)
+        return found, cost + more
 
     # ---- several processes: all of them must come to one decision
 

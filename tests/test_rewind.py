@@ -471,8 +471,8 @@ def test_a_dropped_update_leaves_betas_and_eps_alone(option: str) -> None:
 class Drift:
     """Three parameters that follow a path of the test's own, under batches whose losses, w x^2, differ tenfold."""
 
-    def __init__(self, lr: float = 1e3, **options: Any) -> None:
-        self.x = nn.Parameter(torch.ones(3))
+    def __init__(self, lr: float = 1e3, told: Callable[[int], float] = lambda number: 1.0, **options: Any) -> None:
+        self.x, self.told = nn.Parameter(torch.ones(3)), told  # the unit of the loss that is told
         self.optimizer = SGD([self.x], lr=lr)
         self.guard = CoherenceGuard(self.optimizer, **{"loggers": None, "rewind": True, **options})
         self.number = 0
@@ -492,9 +492,21 @@ class Drift:
             self.optimizer.zero_grad()
             loss = loss_of()
             loss.backward()
-            self.guard.observe(loss_of, loss=loss)
+            self.guard.observe(loss_of, loss=self.told(number) * loss)
             self.optimizer.step()
         self.number += updates
+        return self
+
+    @property
+    def rewinder(self) -> Rewinder:
+        assert self.guard.rewinder is not None
+        return self.guard.rewinder
+
+    def room(self) -> Drift:
+        """Leaves room for a cut: the cap is three times the noise limit."""
+        state = self.guard._state
+        state.multiple, state.margin = 3.0, 3.0 * state.share
+        state.cap = state.margin * state.figures["lr_limit"]
         return self
 
     @property
@@ -505,18 +517,20 @@ class Drift:
 def test_a_loss_that_drifts_up_cuts_the_margin_and_nothing_goes_back() -> None:
     """Twelve percent an update: no batch looks wrong beside others, but two together are worse than ten updates ago."""
     run = Drift().run(lambda number: 1.0, 61)
-    run.guard._state.multiple = 3.0
+    run.room()
     run.run(lambda number: 1.06 ** (number - 60), 10)
-    multiple, cap = run.guard._state.multiple, run.guard.summary().cap
-    assert multiple > 1.5 and not run.cuts
+    state = run.room().guard._state
+    unit = state.share * state.figures["lr_limit"]
+    state.cap = 2 * unit  # still on its way up
+    assert not run.cuts
     run.run(lambda number: 1.06 ** (number - 60), 1)
     (cut,) = run.cuts
     assert (cut.action, cut.step) == ("margin", 71)  # the snapshot is of 60, the first doubt of 70
     weights = [Drift.weight(number) for number in (70, 71)]
     now = (weights[0] * 1.06**20 + weights[1] * 1.06**22) / 2
     assert f"the loss is {now:.4g}, under the last snapshot {sum(weights) / 2:.4g}" in cut.reason
-    assert run.guard._state.multiple == pytest.approx(multiple / 1.5)
-    assert cap is not None and cut.cap is not None and cut.lr_after == pytest.approx(cut.cap) and cut.cap <= cap
+    assert state.multiple == pytest.approx(2 / 1.5)
+    assert cut.cap == pytest.approx(2 * unit / 1.5) and cut.lr_after == pytest.approx(cut.cap)
     assert run.x[0].item() != 1.0  # nothing went back
     assert run.guard.summary().rewinds == run.guard.summary().drops == 0
 
@@ -533,34 +547,119 @@ def test_a_loss_that_drifts_up_cuts_the_margin_and_nothing_goes_back() -> None:
 )
 def test_what_is_no_drift(path: Callable[[int], float], options: dict[str, Any]) -> None:
     run = Drift(**options).run(path, 55)
-    run.guard._state.multiple = 3.0  # room for a cut
+    run.room()
     run.run(path, 25)
     assert not run.cuts and run.guard.summary().rewinds == 0
 
 
 def test_looking_for_drift_costs_a_forward_pass_every_ten_updates_and_no_measurement() -> None:
-    """Where the loss is told, and the cap holds lr back."""
+    """Where the loss is told, and the cap holds lr back; and one more, once, to see what is told."""
     with_it, without = (Drift(rewind=rewind).run(lambda number: 1.0, 96).guard for rewind in (True, False))
     assert told(with_it) == told(without)
-    assert with_it.summary().cost == pytest.approx(without.summary().cost + 9 * COST_OF_LOSS)
+    assert with_it.summary().cost == pytest.approx(without.summary().cost + 10 * COST_OF_LOSS)
     uncapped = [Drift(1e-6, rewind=rewind).run(lambda number: 1.0, 96).guard for rewind in (True, False)]
     assert uncapped[0].summary().cost == uncapped[1].summary().cost
+
+
+def test_a_drift_is_seen_in_whatever_unit_the_loss_is_told() -> None:
+    """A part of it under accumulation, a sum of a batch's losses, and one that changes on the way."""
+
+    def cuts(told: Callable[[int], float]) -> list[Any]:
+        run = Drift(told=told).run(lambda number: 1.0, 61)
+        run.room()
+        return [(d.step, d.reason) for d in run.run(lambda number: 1.06 ** (number - 60), 11).cuts]
+
+    (seen,) = expected = cuts(lambda number: 1.0)
+    assert seen[0] == 71
+    for unit in (1 / 2, 1 / 4, 1 / 8, 32.0):
+        assert cuts(lambda number, unit=unit: unit) == expected  # type: ignore[misc]
+    assert cuts(lambda number: 1.0 if number < 65 else 1 / 8) == expected
+
+
+def test_a_told_loss_that_has_risen_is_looked_at_again() -> None:
+    """It may be of another dropout mask: what the closure returns is what counts."""
+    run = Drift(told=lambda number: 1.0 if number < 65 else 3.0).run(lambda number: 1.0, 61)
+    run.room()
+    assert not run.run(lambda number: 1.0, 25).cuts
+
+
+def _doubled(run: Drift, number: int) -> Callable[[int], float]:
+    """A path on which the losses of update `number` alone are more than twice what they were."""
+    run.room()
+    return lambda at: 1.5 if at == number else 1.0
+
+
+def test_a_new_snapshot_ends_a_doubt() -> None:
+    run = Drift().run(lambda number: 1.0, 61)
+    run.run(_doubled(run, 70), 10)
+    run.rewinder._watching = True  # so the next update is looked at, found sound, and its parameters kept
+    run.run(lambda number: 1.0, 1)
+    assert run.rewinder._at == 71
+    run.run(_doubled(run, 81), 12)
+    assert not run.cuts
+
+
+def test_going_back_ends_a_doubt() -> None:
+    run = Drift().run(lambda number: 1.0, 61)
+    run.run(_doubled(run, 70), 10)
+    run.run(lambda number: 30.0, 1)
+    assert run.rewinder.rewinds == 1 and run.rewinder._at == 60
+    run.run(_doubled(run, 72), 2)
+    assert run.rewinder._at == 72 and not run.cuts  # it was in doubt at 71, and the next batch did not agree
+
+
+def test_losses_that_are_not_positive_count_in_the_mean_of_two_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the snapshot's is 0 they are compared in units of what is usual for one batch."""
+    run = Drift().run(lambda number: 1.0, 61)
+    run.room()
+    run.rewinder._losses = Losses((-1.0,) * 10)
+    nows = iter([0.8, 0.4, 0.8, 0.8])
+    monkeypatch.setattr(run.rewinder, "_compare", lambda *args: ((next(nows), 0.0), 0.0))
+    doubts = [run.rewinder._doubtful(None, None, run.guard._controller) for _ in range(2)]
+    assert doubts == [True, False] and run.rewinder.drifted is None  # .6 of the usual
+    doubts = [run.rewinder._doubtful(None, None, run.guard._controller) for _ in range(2)]
+    assert doubts == [True, False] and run.rewinder.drifted is not None
+    assert "on two batches the loss is 0.8, under the last snapshot 0" in run.rewinder.drifted
 
 
 def test_a_margin_that_drift_has_cut_stays_so_for_a_while_and_has_a_floor() -> None:
     control = Controller(Policy(), least_cost=8.0)
     state = replace(control.state, updates=100, share=0.5, multiple=3.0, margin=1.5, cap=1.5, gap=40)
     control.state = replace(state, figures={"lr_limit": 1.0})
-    assert control.cut() == "margin 1.5 -> 1" and control.state.cap == 1.0 and control.state.calm_until == 140
-    for multiple in (4 / 3, 1.0, 1.0):
-        control.cut()
-        assert control.state.multiple == pytest.approx(multiple)
-    assert control.cut() is None
-    control.state.multiple = 0.5  # trial steps had cut it further
-    control.cut()
-    assert control.state.multiple == 0.5
+    assert control.cut() == "margin 1.5 -> 1, cap 1.5 -> 1" and control.state.calm_until == 140
+    for multiple in (4 / 3, 1.0):
+        assert control.cut() is not None
+        assert (control.state.multiple, control.state.cap) == pytest.approx((multiple, multiple / 2))
+    control.state.updates = 120
+    for multiple, margin, cap in ((1.0, 0.5, 0.5), (0.5, 0.25, 0.25), (0.5, 0.25, 0.1)):
+        control.state.multiple, control.state.margin, control.state.cap = multiple, margin, cap
+        before = replace(control.state)
+        assert control.cut() is None  # at the floor, or cut further by trial steps
+        assert control.state == before and control.state.calm_until == 140
     control.state.cap = None
     assert control.cut() is None
+
+
+@pytest.mark.parametrize(
+    ("policy", "cap", "multiple", "now", "told"),
+    [
+        (Policy(), 1.0, 4 / 3, 2 / 3, "margin 3 -> 0.667, cap 1 -> 0.667"),  # the cap is still climbing to the margin's
+        (Policy(), 0.5, 1.0, 0.5, "margin 3 -> 0.5"),  # ... and no further than the floor from here
+        (Policy(), 0.4, 1.0, 0.4, "margin 3 -> 0.5"),
+        (Policy(margin_max=1.0), 1.0, 4 / 3, 2 / 3, "margin 1 -> 0.667, cap 1 -> 0.667"),
+        (Policy(margin_max=0.3), 0.3, 6.0, 0.3, None),
+    ],
+)
+def test_drift_cuts_from_what_was_used(
+    policy: Policy, cap: float, multiple: float, now: float, told: str | None
+) -> None:
+    control = Controller(policy, least_cost=8.0)
+    state = replace(control.state, updates=100, share=0.5, multiple=6.0, cap=cap, gap=40, figures={"lr_limit": 1.0})
+    control.state = replace(state, margin=min(3.0, policy.margin_max))
+    assert control.cut() == told
+    assert (control.state.multiple, control.state.cap) == pytest.approx((multiple, now))
+    assert control.state.calm_until == (0 if told is None else 140)
+    assert control.state.margin == pytest.approx(min(multiple / 2, policy.margin_max))
 
 
 def test_looking_back_leaves_the_budget_of_measurements_alone() -> None:
@@ -927,7 +1026,7 @@ def _drifting_rank(rank: int, folder: str) -> None:
         drift.optimizer, loggers=None, rewind=True, probe=lambda: (drift.x * fixed).square().mean()
     )
     drift.run(lambda number: 1.0, 61)
-    drift.guard._state.multiple = 3.0
+    drift.room()
     drift.run(lambda number: 1.1 ** (rank * (number - 60)), 15)  # one rank's loss alone
     torch.save([(d.step, d.reason) for d in drift.cuts], Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
