@@ -126,7 +126,7 @@ class Controller:
         """Cuts a learned margin and the cap since the loss drifts up; returns what that did to them, None if nothing.
 
         From what was used, as after a rewind, but to no less than MULTIPLE_DRIFT allows; and trial steps with room do
-        not raise the multiple again for a while.
+        not raise the multiple for a while, also where nothing was left to cut: as the loss drifts up they are wrong.
         """
         state = self.state
         if not state.cap:
@@ -138,10 +138,10 @@ class Controller:
         cap = min(state.cap, max(state.cap / STEP, MULTIPLE_DRIFT * unit), margin * limit)
         moves = {"margin": (state.margin, margin), "cap": (state.cap, cap)}
         told = [f"{name} {old:.3g} -> {new:.3g}" for name, (old, new) in moves.items() if new < old]
+        state.calm_until = state.updates + max(TRIAL_GAP, state.gap)
         if not told:
             return None
         state.multiple, state.margin, state.cap = multiple, margin, cap
-        state.calm_until = state.updates + max(TRIAL_GAP, state.gap)
         return ", ".join(told)
 
     # ---- when
