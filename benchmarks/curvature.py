@@ -59,7 +59,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from benchmarks.networks import TASKS, Point
+from benchmarks.networks import TASKS, Point, Task
 from benchmarks.results import save
 from safe_lr.closures import leave_no_trace
 from safe_lr.ensemble import Ensemble
@@ -404,6 +404,16 @@ def summary(seeds: Sequence[Row]) -> dict[str, Any]:
     return out | ({"note": notes.pop()} if notes else {})
 
 
+def seeded(name: str, quick: bool, seed: int) -> Task:
+    """Returns a network with weights from torch's own stream, and batches from later in theirs for each seed."""
+    task = TASKS[name](quick)
+    for _ in range(APART * seed):
+        task.draw()
+    if seed:
+        task.point.inputs, task.point.targets = task.draw()
+    return task
+
+
 class Trained:
     """One network from one seed, at two points of its training, with the rows of safe_lr.
 
@@ -418,11 +428,7 @@ class Trained:
         self.name, self.seed = f"{name}, seed {seed}", seed
         torch.manual_seed(seed)
         say(f"{self.name}: training")
-        task = TASKS[name](quick)
-        for _ in range(APART * seed):
-            task.draw()
-        if seed:
-            task.point.inputs, task.point.targets = task.draw()
+        task = seeded(name, quick, seed)
         task.train(task.steps)
         early = task.point.copy()
         task.train(LATER)

@@ -29,7 +29,7 @@ from benchmarks.networks import TASKS, Point
 from benchmarks.results import command_line, markdown, save
 from safe_lr.closures import leave_no_trace
 from safe_lr.deflation import several
-from safe_lr.eigenproblem import COLD_MATVECS, SETTLED
+from safe_lr.eigenproblem import COLD_MATVECS, COLD_SETTLED
 from safe_lr.lanczos import Matvec, lanczos, start_vector
 from safe_lr.operators import exact_hessian
 from safe_lr.preconditioners import Adam
@@ -159,7 +159,7 @@ def solves(quick: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
             cases = []
             for seed in range(2 if quick else 5):
                 v0 = start_vector(direction, seed, direction)
-                found = lanczos(matvec, v0, tol=TOL, min_matvecs=COLD_MATVECS, settled=SETTLED)
+                found = lanczos(matvec, v0, tol=TOL, min_matvecs=COLD_MATVECS, settled=COLD_SETTLED)
                 cases.append((found.num_matvecs, abs(found.value / right - 1), found.upper >= right))
             products, errors, above = zip(*cases, strict=True)
             mean = statistics.mean(products)
