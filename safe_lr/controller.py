@@ -38,11 +38,10 @@ from safe_lr.policies import (
     next_retry,
     next_rung,
     next_trial_gap,
-    noise_share,
     rungs,
 )
+from safe_lr.rules import Rules, constants, largest_constant, smallest_rise, smallest_share
 from safe_lr.settings import COST_OF_LOSS
-from safe_lr.stability import UpdateRule
 from safe_lr.tuning import pressure
 
 
@@ -116,10 +115,14 @@ class Controller:
         self._set_margin()
         if earlier.cap is not None and used > 0:  # at an lr of 0 an earlier step did the harm; from 0 no cap rises
             earlier.cap = min(earlier.cap, used / STEP)
-        earlier.calm_until = earlier.updates + max(TRIAL_GAP, earlier.gap)
+        self._keep_calm()
 
-    def can_cut(self, lr_ref: float) -> bool:
-        """Whether a learned margin is what holds lr back."""
+    def _keep_calm(self) -> None:
+        """For a routine gap trial steps with room do not raise the multiple."""
+        self.state.calm_until = self.state.updates + max(TRIAL_GAP, self.state.gap)
+
+    def held_back(self, lr_ref: float) -> bool:
+        """Whether a cap under a learned margin is what holds lr back."""
         return self.policy.learns and self.state.cap is not None and lr_ref > self.state.cap
 
     def cut(self) -> str | None:
@@ -138,7 +141,7 @@ class Controller:
         cap = min(state.cap, max(state.cap / STEP, MULTIPLE_DRIFT * unit), margin * limit)
         moves = {"margin": (state.margin, margin), "cap": (state.cap, cap)}
         told = [f"{name} {old:.3g} -> {new:.3g}" for name, (old, new) in moves.items() if new < old]
-        state.calm_until = state.updates + max(TRIAL_GAP, state.gap)
+        self._keep_calm()
         if not told:
             return None
         state.multiple, state.margin, state.cap = multiple, margin, cap
@@ -178,8 +181,7 @@ class Controller:
     def trial_due(self, lr_ref: float) -> bool:
         """Whether the coming update is to try its step without a measurement."""
         state = self.state
-        binding = state.cap is not None and lr_ref > state.cap
-        if not (binding and self.policy.learns and state.updates >= state.trial_at):
+        if not (self.held_back(lr_ref) and state.updates >= state.trial_at):
             return False
         left = affordable(self.policy, updates=state.updates, spent=0.0, alarm=False) * TRIAL_PART - state.trial_cost
         return min(left, self.affordable(alarm=False)) >= 2 * COST_OF_LOSS
@@ -279,47 +281,34 @@ class Controller:
         often = state.updates < FOLLOW_EACH or state.updates % FOLLOW_EVERY == 0
         return state.cap is not None and (turned or (state.following and often))
 
-    def follow(self, rules: list[UpdateRule | None]) -> None:
+    def follow(self, rules: Rules) -> None:
         """Carries limit and margin over to the coming step: gamma stays until it is measured again, c is known at each.
 
-        Where parameters differ, the limit rises by the smallest rise of their c: lambda_max of D^1/2 H D^1/2 falls at
-        least as much as every D does.
-
-        Args:
-            rules: Each parameter's update rule at the coming step, None where it does not move.
+        Where parameters differ, the limit rises by the smallest rise of their c.
         """
-        state, flips = self.state, [None if rule is None else rule.flip for rule in rules]
-        before = zip(state.flips, flips, strict=False)
-        rises = [now / then for then, now in before if then is not None and now is not None]
-        if not rises or len(flips) != len(state.flips):
+        state, rise = self.state, smallest_rise(self.state.flips, constants(rules))
+        if rise is None:
             return
         was = state.share, state.figures["lr_limit"]
         self._share(rules)
         if self.momentum:
-            state.figures["lr_limit"] = state.measured_limit * min(rises)
+            state.figures["lr_limit"] = state.measured_limit * rise
         is_now = state.share, state.figures["lr_limit"]
         moved = any(abs(now - then) > SETTLED * then for then, now in zip(was, is_now, strict=True))
         state.following = moved or self.young  # for what ends with youth
 
-    def starts(self, rules: list[UpdateRule | None]) -> None:
+    def starts(self, rules: Rules) -> None:
         """Takes in each parameter's update rule at the coming step, which is to be measured."""
-        self.state.flips = [None if rule is None else rule.flip for rule in rules]
+        self.state.flips = constants(rules)
         self._share(rules)
 
-    def _share(self, rules: list[UpdateRule | None]) -> None:
-        """Sets the noise limit's part of lr_limit, the smallest over the parameters, and with it the margin."""
-        state = self.state
-        shares = [
-            noise_share(
-                rule.flip if self.momentum else 2.0, rule.gain, averaged=not self.adaptive or rule.from_gradient == 0
-            )
-            for rule in rules
-            if rule is not None and rule.flip < math.inf and rule.gain > 0
-        ]
+    def _share(self, rules: Rules) -> None:
+        """Sets the noise limit's part of lr_limit, and with it the margin."""
+        share = smallest_share(rules, momentum=self.momentum, adaptive=self.adaptive)
         if self.searched:
-            state.share = MARGIN_SEARCHED / MULTIPLE_START
-        elif shares:
-            state.share = self.tolerance * min(shares)
+            self.state.share = MARGIN_SEARCHED / MULTIPLE_START
+        elif share is not None:
+            self.state.share = self.tolerance * share
         self._set_margin()
 
     def _set_margin(self) -> None:
@@ -330,8 +319,7 @@ class Controller:
 
     def _flip(self) -> float:
         """The largest c of the parameters that move, where the limit counts it."""
-        known = [c for c in self.state.flips if c is not None and c < math.inf] if self.momentum else []
-        return max(known, default=2.0)
+        return largest_constant(self.state.flips if self.momentum else [])
 
     # ---- what follows
 

@@ -16,13 +16,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from safe_lr import processes
 from safe_lr.closures import Closure, Untouched, leave_no_trace, modules_in
 from safe_lr.controller import Controller
+from safe_lr.drift import Drift, Seen
 from safe_lr.ensemble import Ensemble
 from safe_lr.norms import ALARM_AFTER
 from safe_lr.rates import Rates
 from safe_lr.rewind import (
     DROPS,
     EVERY,
-    JUMP,
     MOST,
     OUTLIER,
     REFILL,
@@ -91,8 +91,7 @@ class Rewinder:
         self._in_a_row = self._healthy_at = self._at = 0
         self._droppable = float(DROPS)  # batches far out that may still be dropped
         self._watching = self._held_back = False
-        self._doubt: tuple[float, float] | None = None  # a batch's losses that say the run is worse than its snapshot
-        self._unit: float | None = None  # the told loss in units of what the closure returns, once both were seen
+        self._drift = Drift()
         self.drifted: str | None = None
         self._losses = Losses()
         self._beside = _Beside({}, None, None, [])
@@ -138,7 +137,7 @@ class Rewinder:
             trend.alarming(norm),
             outlying(norm, trend, own, self._losses) or strayed,
             self._watching,
-            control.can_cut(rates.wanted),
+            control.held_back(rates.wanted),
         )
         suspicious = broken or alarm or outlier or (known is not None and self._losses.suspicious(known))
         if not self.snapshot.taken:
@@ -186,31 +185,32 @@ class Rewinder:
             self._take(closures, control, rates)
 
     def _doubtful(self, loss: float | None, closures: Sequence[Closure] | None, control: Controller) -> bool:
-        """Before a new snapshot: whether a second batch must tell if the loss has risen since the last; then cuts.
+        """Before a new snapshot: whether a second batch must tell if the loss has drifted up since the last; then cuts.
 
-        A run at the edge of stability drifts up over several updates of which none looks wrong. One batch says little
-        of that: rare examples in it were met, or disturbed, since. So the mean of both counts. Where nothing holds lr
-        back this is not asked: there is nothing to cut.
+        Where nothing holds lr back this is not asked: there is nothing to cut.
         """
-        before, self._doubt = self._doubt, None
-        found, cost = self._compare(closures, loss)
+        seen = self._look_back(loss, closures, control)
+        if seen is None:
+            self._drift.doubt = None
+            return False
+        verdict, (now, then) = self._drift.weigh(seen, self._losses)
+        if verdict == "drifting" and (cut := control.cut()) is not None:
+            now, then = self._sign() * now, self._sign() * then
+            self.drifted = f"{cut}: on two batches the loss is {now:.4g}, under the last snapshot {then:.4g}"
+        return verdict == "doubtful"
+
+    def _look_back(self, told: float | None, closures: Sequence[Closure] | None, control: Controller) -> Seen | None:
+        """The batch's losses under both parameters, the present one as it was told where that can be believed."""
+        known = self._drift.expected(told)
+        seen, cost = self._compare(closures, known)
+        if known is not None and seen is not None and not self._drift.believes(seen, self._losses):
+            known = self._drift.unit = None
+            seen, more = self._compare(closures)
+            cost += more
+        if known is None and seen is not None:
+            self._drift.learn(told, seen[0])
         control.state.looked(cost)
-        if found is None:
-            return False
-        now, then = found
-        if before is not None:
-            now, then = (before[0] + now) / 2, (before[1] + then) / 2
-        if not (math.isfinite(then) and self._losses.above(now, then) > math.log(JUMP)):
-            return False
-        if before is None:
-            self._doubt = found
-            return True
-        cut, sign = control.cut(), self._sign()
-        if cut is not None:
-            self.drifted = (
-                f"{cut}: on two batches the loss is {sign * now:.4g}, under the last snapshot {sign * then:.4g}"
-            )
-        return False
+        return seen
 
     def _count_in(self, loss: float | None) -> None:
         self._in_a_row, self._droppable = 0, min(DROPS, self._droppable + 1 / REFILL)
@@ -234,7 +234,7 @@ class Rewinder:
         self._restore(rates, random_streams=tried == 0)
         control.go_back(self._beside.state, wanted)
         self._healthy_at = updates + (updates - self._at) + EVERY
-        self._watching, self._doubt = False, None
+        self._watching, self._drift.doubt = False, None
         told = self._tell(replace(seen, margin=control.state.margin, cap=control.state.cap))
         self.rewinds += 1
         if tried >= self.most:
@@ -257,7 +257,7 @@ class Rewinder:
     # ---- the snapshot
 
     def _take(self, closures: Sequence[Closure] | None, control: Controller, rates: Rates) -> None:
-        self._doubt = None
+        self._drift.doubt = None
         rates.give_back()  # the groups then show the desired lrs
         modules = None if closures is None else [module for closure in closures for module in modules_in(closure)]
         self.snapshot.take(modules)
@@ -318,18 +318,13 @@ class Rewinder:
         finite = [torch.isfinite(p.detach()).all() for group in self.ensemble.param_groups for p in group["params"]]
         return self._summed(float(not all(map(bool, finite))))[0] == 0
 
-    def _compare(
-        self, closures: Sequence[Closure] | None, told: float | None = None
-    ) -> tuple[tuple[float, float] | None, float]:
+    def _compare(self, closures: Sequence[Closure] | None, known: float | None = None) -> tuple[Seen | None, float]:
         """The batch's signed loss under the present and under the snapshot's parameters, and what that cost.
 
-        Where it was `told` (the loss that was differentiated) the first need not be evaluated. But what is told may be
-        in another unit, a sum or a micro-batch's part of the mean, or of another dropout mask. So the unit is learned,
-        and where what it makes of the told loss lies JUMP above or below the snapshot's, both are evaluated after all.
+        The first is not evaluated where it is known.
         """
         if self._summed(float(not closures))[0] or not closures:
             return None, 0.0
-        known = None if told is None or self._unit is None else told / self._unit
         now = then = failed = 0.0
         try:
             params = [p for group in self.ensemble.param_groups for p in group["params"]]
@@ -344,18 +339,8 @@ class Rewinder:
             failed = 1.0  # a closure that cannot be evaluated tells nothing: the gradient alone has to do
         now, then, failed = self._summed(now, then, failed)
         sign = self._sign() / processes.count(self._group)
-        now, then = sign * now if known is None else known, sign * then
-        cost = COST_OF_LOSS if known is not None else 2 * COST_OF_LOSS
-        if failed:
-            return None, cost
-        if known is None and told is not None:
-            unit = told / now if now else 0.0
-            self._unit = unit if 0 < unit < math.inf else None
-        if known is None or (math.isfinite(then) and abs(self._losses.above(known, then)) <= math.log(JUMP)):
-            return (now, then), cost
-        self._unit = None
-        found, more = self._compare(closures, told)
-        return found, cost + more
+        seen = sign * now if known is None else known, sign * then
+        return None if failed else seen, COST_OF_LOSS * (1 + (known is None))
 
     # ---- several processes: all of them must come to one decision
 

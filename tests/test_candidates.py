@@ -12,7 +12,7 @@ from torch import nn
 
 from safe_lr.preconditioners.named import named
 from safe_lr.sweeps import clip_to_stable, stable_ceiling, violations
-from safe_lr.sweeps.candidates import Runs
+from safe_lr.sweeps.runs import Runs
 
 RANGE = {"distribution": "log_uniform_values", "min": 1e-3, "max": 100.0}
 NO_LIMIT = {"LBFGS", "Rprop"}

@@ -191,9 +191,10 @@ def _run_locally(args: argparse.Namespace, config: dict[str, Any], function: Cal
 
 def _tell_best(trials: list[Any], config: dict[str, Any], args: argparse.Namespace) -> int:
     from safe_lr.sweeps import best
+    from safe_lr.sweeps.metric import Metric
     from safe_lr.sweeps.programs import switches
 
-    winner = best(trials, (config.get("metric") or {}).get("goal", "minimize"))
+    winner = best(trials, Metric.of(config).goal)
     if args.json:
         print(as_json({"best": winner and asdict(winner), "trials": [asdict(trial) for trial in trials]}))
     elif winner is None:

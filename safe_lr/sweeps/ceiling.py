@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from safe_lr.sweeps.candidates import Candidates, Closures, Makes, Runs, configs, own, stand_ins
+from safe_lr.sweeps.candidates import Candidates, Makes, configs, own, stand_ins
 from safe_lr.sweeps.checks import PREFIX, check
+from safe_lr.sweeps.runs import Closures, Runs
 from safe_lr.sweeps.spaces import Interval, space
 
 STEPS = 50

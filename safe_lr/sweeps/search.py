@@ -18,6 +18,7 @@ from typing import IO, Any, Literal, Protocol
 
 from safe_lr.loggers import is_stop_request
 from safe_lr.sweeps.checks import check, is_number, wandbs_search
+from safe_lr.sweeps.metric import Metric
 from safe_lr.sweeps.programs import Program
 from safe_lr.sweeps.pruning import PRUNED
 from safe_lr.sweeps.spaces import Choice, space
@@ -107,7 +108,7 @@ def search(
     stopping = _stopping(config, train)
     asked = make_engine(config, engine, seed)
     most = runs or config.get("run_cap") or (None if config["method"] == "grid" else 10)
-    metric = _metric(config)
+    metric = Metric.of(config).name
     trials: list[Trial] = []
     with _lines(log_path) as file:
         while most is None or len(trials) < most:
@@ -183,10 +184,6 @@ def _written(file: IO[bytes], trial: Trial) -> bool:
         warnings.warn(f"{file.name}: {error.strerror}: the search goes on, no more trials are written", stacklevel=3)
         return False
     return True
-
-
-def _metric(config: Mapping[str, Any]) -> str:
-    return str((config.get("metric") or {}).get("name", "val_loss"))
 
 
 def _reached(trial: Trial, metric: str) -> float | None:
@@ -304,7 +301,7 @@ class _Sweeps:
     def tell(self, trial: Trial) -> None:
         import sweeps
 
-        run, metric = self._runs[-1], _metric(self._config)
+        run, metric = self._runs[-1], Metric.of(self._config).name
         reached = trial.value if trial.value is not None else _reached(trial, metric)
         run.state = sweeps.RunState.finished if reached is not None else sweeps.RunState.failed
         if reached is not None:
@@ -350,10 +347,9 @@ class _Optuna:
         self._spaces = {key: space(key, spec) for key, spec in config["parameters"].items()}
         self._grid = _grid_points(self._spaces) if config["method"] == "grid" else None
         kind = optuna.samplers.TPESampler if config["method"] == "bayes" else optuna.samplers.RandomSampler
-        goal = (config.get("metric") or {}).get("goal", "minimize")
-        self._metric = _metric(config)
+        self._metric = Metric.of(config)
         with _quiet():
-            self._study = optuna.create_study(direction=goal, sampler=kind(seed=seed))
+            self._study = optuna.create_study(direction=self._metric.goal, sampler=kind(seed=seed))
         self._asked: Any = None
 
     def ask(self) -> dict[str, Any] | None:
@@ -376,7 +372,7 @@ class _Optuna:
         if self._asked is None:
             return
         with _quiet():
-            reached = _reached(trial, self._metric)
+            reached = _reached(trial, self._metric.name)
             if trial.value is not None:
                 self._study.tell(self._asked, trial.value)
             elif reached is not None:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from safe_lr.sweeps.metric import NAME, Metric
+
 _MOST = 100  # bands that W&B looks at from min_iter on
 _LONGEST = float(sys.maxsize)  # no run makes so many reports
 
@@ -59,7 +61,7 @@ class Stopping:
     """
 
     bands: list[int]
-    metric: str = "val_loss"
+    metric: str = NAME
     sign: int = 1
     eta: float = 3
     strict: bool = True
@@ -72,7 +74,7 @@ class Stopping:
         Raises:
             ValueError: No run would ever be compared.
         """
-        settings, metric = config["early_terminate"], config.get("metric") or {}
+        settings, metric = config["early_terminate"], Metric.of(config)
         found = bands(settings)
         if not found:
             given = ", ".join(f"{name} {settings[name]}" for name in ("max_iter", "s", "min_iter") if name in settings)
@@ -80,8 +82,7 @@ class Stopping:
                 f"early_terminate: {given} with eta {settings.get('eta', 3)} compares no run: raise max_iter and s"
                 " (max_iter / eta must be at least 1), or give min_iter alone"
             )
-        sign = -1 if metric.get("goal") == "maximize" else 1
-        return cls(found, metric.get("name", "val_loss"), sign, settings.get("eta", 3), settings.get("strict", True))
+        return cls(found, metric.name, metric.sign, settings.get("eta", 3), settings.get("strict", True))
 
     def begin(self) -> None:
         """A run begins; what is judged from now on is its own."""
