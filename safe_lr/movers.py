@@ -206,19 +206,16 @@ class Mover:
                 f"{self._where} has no {', '.join(missing)} (it has {', '.join(map(str, self.state))}): was it loaded "
                 "from another optimizer, or saved half-way?"
             )
-        tensors = {k: v for k, v in self.real_state.items() if isinstance(v, Tensor) and v.is_floating_point()}
+        tensors = {
+            k: v for k, v in self.real_state.items() if isinstance(v, Tensor) and v.is_floating_point() and v.numel()
+        }
         for name, value in tensors.items():
             if self.model.kind == "exact" and value.ndim and value.shape != self.values.shape:
                 raise MeasurementFailed(f"{self._where} holds {name} of shape {tuple(value.shape)}")
         if tensors:
-            fit = torch.stack(
-                [
-                    (v.isfinite() & ((v >= 0) if k in self.model.second_moments else True)).all()
-                    for k, v in tensors.items()
-                ]
-            ).tolist()
-            for name, fits in zip(tensors, fit, strict=True):
-                if not fits:
+            ends = torch.stack([torch.stack(v.aminmax()).double() for v in tensors.values()]).tolist()
+            for name, (low, high) in zip(tensors, ends, strict=True):
+                if not (math.isfinite(low) and math.isfinite(high)) or (low < 0 and name in self.model.second_moments):
                     kind = "negative numbers or NaN" if name in self.model.second_moments else "NaN or Inf"
                     raise MeasurementFailed(f"{self._where} holds {kind} in {name}")
         for name, number in self.group.items():

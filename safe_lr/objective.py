@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from safe_lr.closures import Closure, ClosureError, Untouched, as_loss
 from safe_lr.graphs import graph_time, slow_to_differentiate_twice, smooth
+from safe_lr.kinks import Kinks
 from safe_lr.operators import (
     DIFFERENCES,
     Curvature,
@@ -94,8 +97,9 @@ class Objective:
             params: Leaf tensors.
             hvp: `exact` (a retained graph), `lean` (rebuilt), `finite-difference` (central) or `one-sided`; all but the
                 Hessian are exact or lean.
-            differences: Whether one-sided products are taken instead where the (first) loss's graph is smooth and they
-                are cheaper: there are `DIFFERENCES_SIZE` parameters, or a kernel is slow to differentiate twice.
+            differences: Whether one-sided products are taken instead where they are cheaper (there are
+                `DIFFERENCES_SIZE` parameters, or a kernel is slow to differentiate twice) and the (first) loss's graph
+                is smooth, or would be without the kinks that `Kinks` takes out.
             verify: Whether those are to be checked by exact ones.
 
         Raises:
@@ -110,12 +114,13 @@ class Objective:
         if verify or not differences:
             self.untouched.differentiate_twice()
         if differences and self.kind == "hessian":
+            kinks = [Kinks() for _ in self.closures]
             since = graph_time()
-            loss = as_loss(self.untouched.call(self.closures[0]))
+            loss = self._again(self.closures[0], kinks[0])()
             large = sum(p.numel() for p in params) >= DIFFERENCES_SIZE
             if smooth(loss, since) and (large or slow_to_differentiate_twice(loss)):
                 exact = self._to_check_by(params, hvp, loss) if verify else None
-                return self._by_differences(params, one_sided=True, loss=loss, exact=exact)
+                return self._by_differences(params, one_sided=True, loss=loss, exact=exact, kinks=kinks)
         if differences and not verify:
             self.untouched.differentiate_twice()
             loss = None  # attention may have run on a kernel without a second derivative
@@ -141,13 +146,14 @@ class Objective:
         one_sided: bool,
         loss: Tensor | None = None,
         exact: Curvature | None = None,
+        kinks: Sequence[Kinks] = (),
     ) -> Curvature:
-        first, *rest = self.closures
+        first, *rest = [self._again(c, k) for c, k in itertools.zip_longest(self.closures, kinks)]
         if not rest:
-            return finite_difference_hessian(self._again(first), params, one_sided=one_sided, loss=loss, exact=exact)
-        parts = [finite_difference_hessian(self._again(first), params, one_sided=one_sided, loss=loss)]
+            return finite_difference_hessian(first, params, one_sided=one_sided, loss=loss, exact=exact)
+        parts = [finite_difference_hessian(first, params, one_sided=one_sided, loss=loss)]
         del loss
-        parts += [finite_difference_hessian(self._again(c), params, one_sided=one_sided) for c in rest]
+        parts += [finite_difference_hessian(evaluate, params, one_sided=one_sided) for evaluate in rest]
         found = _mean(parts)
         return found if exact is None else replace(found, exact=exact, cost=found.cost + exact.cost)
 
@@ -186,8 +192,12 @@ class Objective:
 
         return Curvature(value, gradient, used, product, cost_of_product=3.0, hvp="lean")
 
-    def _again(self, closure: Closure) -> Callable[[], Tensor]:
-        return lambda: as_loss(self.untouched.call(closure))
+    def _again(self, closure: Closure, kinks: Kinks | None = None) -> Callable[[], Tensor]:
+        def evaluate() -> Tensor:
+            with kinks or contextlib.nullcontext():
+                return as_loss(self.untouched.call(closure))
+
+        return evaluate
 
     def _loss(self, closure: Closure) -> Tensor:
         returned = self.untouched.call(closure)

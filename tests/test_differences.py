@@ -188,8 +188,8 @@ def test_small_networks_have_exact_products() -> None:
 
 @pytest.mark.parametrize(
     ("activation", "hvp"),
-    [(nn.ReLU(), "exact"), (nn.GELU(), "one-sided")],
-    ids=["kinks", "smooth"],
+    [(nn.PReLU(), "exact"), (nn.ReLU(), "one-sided"), (nn.GELU(), "one-sided")],
+    ids=["kinks", "kinks that are taken out", "smooth"],
 )
 def test_finding_out_costs_nothing(activation: nn.Module, hvp: str) -> None:
     """The closure is called once, and its graph serves whatever is made of it."""
@@ -437,7 +437,7 @@ def test_a_run_stays_with_what_worked_and_leaves_it_where_it_no_longer_does() ->
     for _ in range(25):
         due = guard.due
         if due and len(ways) == 2:
-            model[1] = model[3] = nn.ReLU()
+            model[1] = model[3] = Bent()
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         guard.observe(lambda: F.cross_entropy(model(x), y))
@@ -561,12 +561,28 @@ def test_exact_products_go_through_a_fused_lstm_where(options: dict[str, Any], h
 
 
 @fused_lstm
-def test_kinks_elsewhere_leave_exact_products() -> None:
+def test_kinks_elsewhere_are_taken_out() -> None:
     _, optimizer, loss, truth = recurrent(kinks=True)
+    found = safe_lr.measure(optimizer, loss, tol=0.01)
+    assert (found.failure, found.hvp) == (None, "one-sided")
+    assert found.lambda_max == pytest.approx(truth, rel=0.01)
+
+
+@fused_lstm
+def test_kinks_elsewhere_that_cannot_be_taken_out_leave_exact_products() -> None:
+    model, optimizer, loss, truth = recurrent(kinks=True)
+    model.between[1] = Leaning()
     found = safe_lr.measure(optimizer, loss, tol=0.01)
     assert (found.failure, found.hvp) == (None, "exact")
     assert found.lambda_max == pytest.approx(truth, rel=1e-3)
     assert found.cost == 1 + 2 * found.num_matvecs
+
+
+class Leaning(nn.Module):
+    """A ReLU that `Kinks` does not know, and the graph does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.maximum(x, torch.zeros_like(x))
 
 
 class Attending(nn.Module):
@@ -578,7 +594,7 @@ class Attending(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         mixed = F.scaled_dot_product_attention(*self.maps(x).unsqueeze(1).chunk(3, dim=-1)).squeeze(1)
-        return (self.out(F.relu(mixed) if self.kinked else mixed) - 1).square().mean()
+        return (self.out(torch.maximum(mixed, 0 * mixed) if self.kinked else mixed) - 1).square().mean()
 
 
 @pytest.mark.usefixtures("any_size")

@@ -49,6 +49,7 @@ ORDER = (
     "objective",
     "operators",
     "graphs",
+    "kinks",
     "processes",
     "closures",
     "preconditioners",

@@ -1,0 +1,156 @@
+"""Taking the kinks out of a loss: ReLU, max-pooling and their like do again what they did at the first evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+_Function = Callable[..., Any]
+
+_HOMOGENEOUS: frozenset[_Function] = frozenset(
+    {F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.leaky_relu, F.leaky_relu_}
+    | {torch.abs, torch.abs_, Tensor.abs, Tensor.abs_}
+)
+"""f(x) = f'(x) x, element by element."""
+
+_PIECEWISE_LINEAR: frozenset[_Function] = _HOMOGENEOUS | {
+    *(F.relu6, F.hardtanh, F.hardtanh_, F.hardsigmoid, F.threshold, F.hardshrink, F.softshrink),
+    *(torch.clamp, torch.clamp_, torch.clip, torch.clip_, Tensor.clamp, Tensor.clamp_, Tensor.clip, Tensor.clip_),
+    *(torch.clamp_min, torch.clamp_min_, torch.clamp_max, torch.clamp_max_),
+    *(Tensor.clamp_min, Tensor.clamp_min_, Tensor.clamp_max, Tensor.clamp_max_),
+}
+"""f(x) = f'(x) x + constant, element by element."""
+
+_MAX_POOL: dict[_Function, int] = {
+    F.max_pool1d: 1,
+    F.max_pool2d: 2,
+    F.max_pool3d: 3,
+    F.adaptive_max_pool1d: 1,
+    F.adaptive_max_pool2d: 2,
+    F.adaptive_max_pool3d: 3,
+}
+"""With their number of spatial dimensions."""
+
+_Piece = tuple[Tensor, Tensor | None]
+"""The piece of a function that held: (slope, constant or None for zero), or (indices, None) for pooling."""
+
+
+class Changed(RuntimeError):
+    """An evaluation does not meet the kinks that the first one met."""
+
+
+class Kinks(TorchFunctionMode):
+    """Makes every evaluation inside do at its kinks what the first one did.
+
+    A function with kinks is one of its pieces, but for points on a kink:
+
+        relu(x) = slope x,    slope = 1 where x > 0 at the first evaluation, else 0
+
+    There loss, gradient and Hessian are what autograd makes of the function itself, which takes its second derivative
+    for zero. But the loss is smooth now: differences of its gradient tell that Hessian, where otherwise they count in
+    what every kink that the step crosses adds. And autograd's graph has a product in the function's place, which
+    `graphs.smooth` knows.
+
+    Known are ReLU and the other piecewise linear functions of torch.nn.functional, `clamp`, `abs`, and max-pooling.
+    Others are left alone, and what a checkpoint will compute again is, too: their kinks stay in the graph, to be seen.
+    Each call keeps a slope of the size of its argument.
+
+    Raises:
+        Changed: An evaluation meets other kinks, or of another shape: control flow that depends on the parameters.
+
+    Example:
+        >>> kinks, x = Kinks(), torch.tensor([-1.0, 2.0], requires_grad=True)
+        >>> with kinks:
+        ...     torch.relu(x).tolist()
+        [-0.0, 2.0]
+        >>> with kinks:
+        ...     torch.relu(x + torch.tensor([5.0, -5.0])).tolist()
+        [0.0, -3.0]
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._met: list[tuple[_Function, torch.Size, _Piece]] = []
+        self._first, self._next = True, 0
+
+    def __enter__(self) -> Kinks:
+        self._next = 0
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._first = False
+
+    def __torch_function__(
+        self,
+        func: _Function,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not (func in _PIECEWISE_LINEAR or func in _MAX_POOL) or not _in_reach(func, args, kwargs):
+            return func(*args, **kwargs)
+        x = args[0]
+        if self._first:
+            piece = (_picks if func in _MAX_POOL else _line)(func, x.detach(), args[1:], kwargs)
+            self._met.append((func, x.shape, piece))
+        else:
+            piece = self._known(func, x.shape)
+        if func in _MAX_POOL:
+            return _picked(x, piece[0], _MAX_POOL[func])
+        return _on(piece, x, inplace=func.__name__.endswith("_") or kwargs.get("inplace", False))
+
+    def _known(self, func: _Function, shape: torch.Size) -> _Piece:
+        if self._next < len(self._met):
+            known, size, piece = self._met[self._next]
+            self._next += 1
+            if known is func and size == shape:
+                return piece
+        raise Changed("the loss meets other kinks than it did before: its control flow depends on the parameters")
+
+
+def _in_reach(func: _Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call's kinks are of the graph that is being made, and all that it does."""
+    if not (args and isinstance(args[0], Tensor) and args[0].is_floating_point() and args[0].requires_grad):
+        return False
+    if any(isinstance(a, Tensor) for a in (*args[1:], *kwargs.values())):  # bounds that may have a gradient; `out`
+        return False
+    if func in _MAX_POOL and (kwargs.get("return_indices") or len(args) > 2):
+        return False
+    # Under hooks on what is saved it may be dropped and computed again, later and out of sight; and what vmap and grad
+    # of torch.func see is gone when they are done.
+    hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    return torch.is_grad_enabled() and not hooked and not transformed
+
+
+def _line(func: _Function, x: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> _Piece:
+    """The line on which a piecewise linear function lies at x, by autograd: the same derivative on a kink, too."""
+    x.requires_grad_()
+    y = func(x.clone(), *rest, **kwargs)
+    (slope,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    return slope, None if func in _HOMOGENEOUS else torch.addcmul(y.detach(), slope, x.detach(), value=-1)
+
+
+def _on(piece: _Piece, x: Tensor, *, inplace: bool) -> Tensor:
+    slope, constant = piece
+    if inplace:
+        x.mul_(slope)
+        return x if constant is None else x.add_(constant)
+    return x * slope if constant is None else torch.addcmul(constant, slope, x)
+
+
+def _picks(func: _Function, x: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> _Piece:
+    """Which elements of x max-pooling picks, as positions in its flattened spatial dimensions."""
+    return func(x, *rest, **{**kwargs, "return_indices": True})[1], None
+
+
+def _picked(x: Tensor, picks: Tensor, spatial: int) -> Tensor:
+    return x.flatten(-spatial).gather(-1, picks.flatten(-spatial)).view_as(picks)
