@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -59,6 +60,17 @@ def smooth(loss: Tensor, since: int = 0) -> bool:
         if node._sequence_nr() < since:
             return False
     return True
+
+
+def size(loss: Tensor) -> int:
+    """Returns how many numbers a loss's graph hands on: parameters and what is made of them. Work grows with it.
+
+    Example:
+        >>> x = torch.ones(3, requires_grad=True)
+        >>> size((2 * x).sum())                                            # x, 2 x, and the sum
+        7
+    """
+    return sum(math.prod(made.shape) for node in _nodes(loss) for made in getattr(node, "_input_metadata", ()))
 
 
 def graph_time() -> int:

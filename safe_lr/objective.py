@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from safe_lr.closures import Closure, ClosureError, Untouched, as_loss
-from safe_lr.graphs import graph_time, slow_to_differentiate_twice, smooth
+from safe_lr.graphs import graph_time, size, slow_to_differentiate_twice, smooth
 from safe_lr.kinks import Kinks
 from safe_lr.operators import (
     DIFFERENCES,
@@ -27,10 +27,10 @@ from safe_lr.operators import (
     sampled_losses,
 )
 
-DIFFERENCES_SIZE = 50_000
-"""From this number of parameters one-sided differences are taken. On smaller networks Python takes longer than the
-arithmetic, and exact products, which call the closure once, are as fast: MLPs break even at 20,000 (batches of 256) to
-100,000 (16)."""
+DIFFERENCES_SIZE = 300_000
+"""From this many numbers in the loss's graph (`graphs.size`) on one-sided differences are taken. On smaller ones Python
+takes longer than the arithmetic, and exact products, which call the closure once, are as fast: MLPs, conv nets and GPTs
+of 250 to 85,000 parameters, on batches of 2 to 1,024, break even at 150,000 to 300,000 (docs/performance.md)."""
 
 Closures = Closure | Sequence[Closure]
 
@@ -97,9 +97,9 @@ class Objective:
             params: Leaf tensors.
             hvp: `exact` (a retained graph), `lean` (rebuilt), `finite-difference` (central) or `one-sided`; all but the
                 Hessian are exact or lean.
-            differences: Whether one-sided products are taken instead where they are cheaper (there are
-                `DIFFERENCES_SIZE` parameters, or a kernel is slow to differentiate twice) and the (first) loss's graph
-                is smooth, or would be without the kinks that `Kinks` takes out.
+            differences: Whether one-sided products are taken instead where they are cheaper (the (first) loss's graph
+                is of `DIFFERENCES_SIZE`, or a kernel is slow to differentiate twice) and that graph is smooth, or is
+                without the kinks that `Kinks` takes out.
             verify: Whether those are to be checked by exact ones.
 
         Raises:
@@ -117,8 +117,7 @@ class Objective:
             kinks = [Kinks() for _ in self.closures]
             since = graph_time()
             loss = self._again(self.closures[0], kinks[0])()
-            large = sum(p.numel() for p in params) >= DIFFERENCES_SIZE
-            if smooth(loss, since) and (large or slow_to_differentiate_twice(loss)):
+            if smooth(loss, since) and (size(loss) >= DIFFERENCES_SIZE or slow_to_differentiate_twice(loss)):
                 exact = self._to_check_by(params, hvp, loss) if verify else None
                 return self._by_differences(params, one_sided=True, loss=loss, exact=exact, kinks=kinks)
         if differences and not verify:

@@ -63,9 +63,9 @@ class CoherenceScheduler(LRScheduler):
             `fisher` (they return the pair (outputs, loss_of_outputs)).
         hvp: How Hessian products are made: `exact` (double backward on one retained graph), `lean` (the graph built
             anew for each), `finite-difference` (central), `one-sided` (differences at one gradient a product instead of
-            two), or `auto`: one-sided where the loss is smooth and large enough for them to pay (no ReLU, no autocast;
-            50,000 parameters, or an LSTM on the CPU), else exact, lean where memory runs out, central differences where
-            nothing else works. Differences are checked, and exact after all where they fail.
+            two), or `auto`: one-sided where the loss is smooth (kinks of ReLU and its like are taken out first; no
+            autocast) and large enough for them to pay, else exact, lean where memory runs out, central differences
+            where nothing else works. Differences are checked, and exact after all where they fail.
         probe: A fixed closure, or several, to measure on instead of the observed batches: warm starts then pay.
         tol: Relative residual at which the eigen-solver stops. Limits use `value + residual`.
         warm_start: Start from the last eigenvector, which then is part of `state_dict`.

@@ -27,9 +27,10 @@ class Settings:
         curvature: `hessian`, `gauss-newton`, `fisher` (labels sampled from the model) or `empirical-fisher`.
         hvp: `exact` (double backward on one retained graph), `lean` (the graph built anew for each product),
             `finite-difference` (central, two gradients a product), `one-sided` (one gradient a product), or `auto`:
-            one-sided where `tol` is a hundredth or more, the loss's graph is smooth (torch's own operations, no ReLU,
-            no autocast, all of it computed in the closure) and they are cheaper (50,000 parameters, or an LSTM whose
-            kernel is fused, as on the CPU: its second derivative is not, and takes 4-7 gradients a product); else
+            one-sided where `tol` is a hundredth or more, the loss's graph is smooth (torch's own operations, no
+            autocast, all of it computed in the closure; kinks of ReLU, max-pooling and their like are taken out first)
+            and they are cheaper (300,000 numbers in the graph, a gradient of some two milliseconds on one core; or an
+            LSTM whose kernel is fused, as on the CPU: its second derivative takes 4-7 gradients a product); else
             exact, lean where memory runs out, central differences where nothing else works. Where differences fail
             their check, products are exact after all, and stay so in a run. Exact products check the first measurement
             of a run and every fourth that the budget allows: take `exact` where a term that the closure detaches comes

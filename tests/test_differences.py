@@ -114,11 +114,11 @@ def test_what_was_computed_before_does_not_follow_the_parameters() -> None:
 
 
 def network(activation: nn.Module) -> tuple[nn.Sequential, torch.optim.Optimizer, Tensor, Tensor]:
-    """An MLP of 64,000 parameters after three updates of Adam."""
+    """An MLP and a batch large enough for differences, after three updates of Adam."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(30, 220), activation, nn.Linear(220, 250), activation, nn.Linear(250, 8))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    x, y = torch.randn(64, 30), torch.randint(0, 8, (64,))
+    x, y = torch.randn(256, 30), torch.randint(0, 8, (256,))
     for _ in range(3):
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()

@@ -179,7 +179,7 @@ def test_nan_is_not_hidden() -> None:
 
 
 def convolutional() -> tuple[nn.Sequential, Tensor, Tensor]:
-    """A ReLU net with BatchNorm, max-pooling and dropout, of more than 50,000 parameters, after ten updates."""
+    """A ReLU net with BatchNorm, max-pooling and dropout, large enough for differences, after ten updates."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True), nn.MaxPool2d(2),
