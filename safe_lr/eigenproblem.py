@@ -35,11 +35,11 @@ One less than twice as large is missed at any of these sizes, and mostly by thre
 COLD_MATVECS = 3
 """Fewest products where no earlier eigenvector is known."""
 
-COLD_SETTLED = 5
-"""Products from which on a start that knows no earlier eigenvector may stop at the full tolerance; after three at half
-of it, after four at three quarters. From the gradient a few products can look converged at a smaller eigenvalue (three,
-with a residual of .09, at one 18 % too small on a GPT). At 34 points of four networks this takes fewer products than
-four at least, and stops too low less often (docs/performance.md)."""
+COLD_SETTLED = 9
+"""Products from which on a start that knows no earlier eigenvector may stop at the full tolerance; after three at a
+quarter of it, after five at half. From the gradient a few products can look converged at a smaller eigenvalue (three,
+with a residual of .09, at one 18 % too small on a GPT), at which the residual does not stay. Over four networks, half a
+product more than with 5 finds the larger one in almost half of the cases that 5 misses (docs/performance.md)."""
 
 
 def _is_one(p: Tensor) -> bool:

@@ -99,7 +99,9 @@ class Kinks(TorchFunctionMode):
             return func(*args, **kwargs)
         x = args[0]
         if self._first:
-            piece = (_picks if func in _MAX_POOL else _line)(func, x.detach(), args[1:], kwargs)
+            piece = _piece(func, x.detach(), args[1:], kwargs)
+            if piece is None:
+                return func(*args, **kwargs)
             self._met.append((func, x.shape, piece))
         else:
             piece = self._known(func, x.shape)
@@ -124,11 +126,26 @@ def _in_reach(func: _Function, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return False
     if func in _MAX_POOL and (kwargs.get("return_indices") or len(args) > 2):
         return False
-    # Under hooks on what is saved it may be dropped and computed again, later and out of sight; and what vmap and grad
-    # of torch.func see is gone when they are done.
-    hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    return torch.is_grad_enabled() and not hooked and not transformed
+    if func in _MAX_POOL and torch.are_deterministic_algorithms_enabled():
+        return False  # gather's derivative adds up in any order on a GPU
+    return torch.is_grad_enabled() and not _hooked() and torch._C._functorch.peek_interpreter_stack() is None
+
+
+def _hooked() -> bool:
+    """Whether what the graph saves may be dropped, and computed again later and out of sight (checkpoints).
+
+    torch before 2.8 does not tell: there no kink is in reach.
+    """
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return hooks is None or hooks(True) is not None
+
+
+def _piece(func: _Function, x: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> _Piece | None:
+    """The piece of a function at x, None where a kind of tensor does not allow to tell."""
+    try:
+        return (_picks if func in _MAX_POOL else _line)(func, x, rest, kwargs)
+    except (RuntimeError, TypeError, NotImplementedError):
+        return None
 
 
 def _line(func: _Function, x: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> _Piece:

@@ -170,6 +170,33 @@ def test_a_function_that_torch_cannot_differentiate_twice_is_a_line_all_the_same
     torch.testing.assert_close(ours, right)
 
 
+def test_a_torch_that_does_not_tell_of_checkpoints_keeps_its_kinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
+    with Kinks():
+        assert not smooth(torch.relu(at()).sum())
+
+
+def test_pooling_is_left_alone_where_order_must_not_matter() -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        with Kinks():
+            assert not smooth(F.max_pool2d(at(), 2).sum())
+            assert smooth(torch.relu(at()).sum())
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_tensor_that_does_not_tell_its_slope_keeps_its_kinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: object, **__: object) -> None:
+        raise NotImplementedError
+
+    x = at()
+    with monkeypatch.context() as patched, Kinks():
+        patched.setattr(torch.autograd, "grad", refuses)
+        made = torch.relu(x)
+    assert torch.equal(made, torch.relu(x)) and not smooth(made.sum())
+
+
 def test_nan_is_not_hidden() -> None:
     with Kinks():
         assert torch.relu(torch.tensor([float("nan"), 1.0], requires_grad=True)).isnan().tolist() == [True, False]
