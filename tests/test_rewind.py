@@ -25,7 +25,7 @@ from safe_lr.controller import Controller
 from safe_lr.ensemble import Ensemble
 from safe_lr.measurement import Measurement
 from safe_lr.norms import NormTrend
-from safe_lr.policies import Policy
+from safe_lr.policies import CALM_UPDATES, Policy
 from safe_lr.rewind import DROPS, EVERY, MOST, Losses, Signs, Trouble, judge, outlying
 from safe_lr.rewinder import Rewinder
 from safe_lr.settings import COST_OF_LOSS
@@ -627,16 +627,16 @@ def test_a_margin_that_drift_has_cut_stays_so_for_a_while_and_has_a_floor() -> N
     control = Controller(Policy(), least_cost=8.0)
     state = replace(control.state, updates=100, share=0.5, multiple=3.0, margin=1.5, cap=1.5, gap=40)
     control.state = replace(state, figures={"lr_limit": 1.0})
-    assert control.cut() == "margin 1.5 -> 1, cap 1.5 -> 1" and control.state.calm_until == 140
-    for multiple in (4 / 3, 1.0):
+    assert control.cut() == "margin 1.5 -> 1, cap 1.5 -> 1" and control.state.calm_until == 100 + CALM_UPDATES
+    for multiple in (4 / 3, 8 / 9, 16 / 27, 32 / 81, 64 / 243, 128 / 729, 256 / 2187, 0.1):
         assert control.cut() is not None
         assert (control.state.multiple, control.state.cap) == pytest.approx((multiple, multiple / 2))
     control.state.updates = 120
-    for multiple, margin, cap in ((1.0, 0.5, 0.5), (0.5, 0.25, 0.25), (0.5, 0.25, 0.1)):
+    for multiple, margin, cap in ((0.1, 0.05, 0.05), (0.05, 0.025, 0.025), (0.05, 0.025, 0.01)):
         control.state.multiple, control.state.margin, control.state.cap = multiple, margin, cap
         before = replace(control.state)
         assert control.cut() is None  # at the floor, or cut further by trial steps
-        assert control.state == replace(before, calm_until=160)
+        assert control.state == replace(before, calm_until=120 + CALM_UPDATES)
     control.state.cap = None
     assert control.cut() is None
 
@@ -645,10 +645,11 @@ def test_a_margin_that_drift_has_cut_stays_so_for_a_while_and_has_a_floor() -> N
     ("policy", "cap", "multiple", "now", "told"),
     [
         (Policy(), 1.0, 4 / 3, 2 / 3, "margin 3 -> 0.667, cap 1 -> 0.667"),  # the cap is still climbing to the margin's
-        (Policy(), 0.5, 1.0, 0.5, "margin 3 -> 0.5"),  # ... and no further than the floor from here
-        (Policy(), 0.4, 1.0, 0.4, "margin 3 -> 0.5"),
+        (Policy(), 0.06, 0.1, 0.05, "margin 3 -> 0.05, cap 0.06 -> 0.05"),  # ... and no further than the floor
+        (Policy(), 0.05, 0.1, 0.05, "margin 3 -> 0.05"),
+        (Policy(), 0.04, 0.1, 0.04, "margin 3 -> 0.05"),
         (Policy(margin_max=1.0), 1.0, 4 / 3, 2 / 3, "margin 1 -> 0.667, cap 1 -> 0.667"),
-        (Policy(margin_max=0.3), 0.3, 6.0, 0.3, None),
+        (Policy(margin_max=0.05), 0.05, 6.0, 0.05, None),
     ],
 )
 def test_drift_cuts_from_what_was_used(
@@ -659,7 +660,7 @@ def test_drift_cuts_from_what_was_used(
     control.state = replace(state, margin=min(3.0, policy.margin_max))
     assert control.cut() == told
     assert (control.state.multiple, control.state.cap) == pytest.approx((multiple, now))
-    assert control.state.calm_until == 140
+    assert control.state.calm_until == 100 + CALM_UPDATES
     assert control.state.margin == pytest.approx(min(multiple / 2, policy.margin_max))
 
 
@@ -776,16 +777,18 @@ def test_what_is_counted_and_spent_stays_so() -> None:
         gap=4,
         measured_at=15,
         usual=0.25,
+        lowest=0.125,
     )
     back = now.gone_back(then.state_dict())
     assert (back.multiple, back.margin, back.cap, back.trend) == (4.0, 2.0, 0.5, CALM)
     assert (back.figures, back.share, back.votes, back.alone) == ({"lr_limit": 1.0}, 0.5, [1.0], False)
     assert (back.updates, back.cost, back.due_at) == (17, 33.0, 17)
-    assert (back.measured_at, back.usual) == (0, None)
+    assert (back.measured_at, back.usual, back.lowest) == (0, None, None)
     unmeasured = replace(then, cap=None, figures={})
     kept = now.gone_back(unmeasured.state_dict())
     assert (kept.cap, kept.figures, kept.gap, kept.multiple) == (0.1, {"lr_limit": 0.2}, 4, 4.0)
-    assert (kept.share, kept.votes, kept.alone, kept.measured_at, kept.usual) == (0.4, [0.2], True, 15, 0.25)
+    assert (kept.share, kept.votes, kept.alone) == (0.4, [0.2], True)
+    assert (kept.measured_at, kept.usual, kept.lowest) == (15, 0.25, 0.125)
 
 
 @pytest.mark.parametrize(("wanted", "used"), [(9.0, 0.4), (0.1, 0.1), (INF, 0.4)])
