@@ -27,7 +27,7 @@ COUNTED = (
 
 LIMITED = (
     "cap", "measured_limit", "flips", "share", "votes", "alone", "moving", "following", "figures", "expected_cost",
-    "gap", "measured_at", "usual",
+    "gap", "measured_at", "usual", "lowest",
 )  # fmt: skip
 """What a measurement leaves behind."""
 
@@ -53,13 +53,14 @@ class State:
     hvp: str | None = None  # how the last good measurement made its products
     checked: bool = False  # whether the closure was seen to be deterministic, or not to be
     trial: Trial | None = None  # what the last trial steps found
-    calm_until: int = 0  # after a rewind or a cut at a drift: updates until trial steps may raise the multiple again
+    calm_until: int = 0  # after a rewind or a cut at a rise: updates until trial steps may raise the multiple again
     retry: int = 0  # updates until a failed measurement is tried again; 0 after a good one
     trial_at: int = 0
     trial_gap: int = 2
     trend: NormTrend = field(default_factory=NormTrend)
     measured_at: int = 0  # updates at the last good measurement
     usual: float | None = None  # the trend's mean then, None where it was not known
+    lowest: float | None = None  # the lowest it has been since then, or since a rise from there has cut the margin
     measurements: int = 0
     verified_at: int = 0  # the last one whose differences exact products have checked
     failures: int = 0
@@ -73,6 +74,12 @@ class State:
     worst_utilisation: float | None = None
     figures: dict[str, float] = field(default_factory=dict)
     course: Course = field(default_factory=Course)  # what advice is made of
+
+    def felt(self, norm: float) -> None:
+        """Takes in the norm of the coming update's gradient."""
+        self.trend = self.trend.after(norm)
+        means = [mean for mean in (self.lowest, self.trend.known) if mean is not None]
+        self.lowest = min(means, default=None)
 
     def looked(self, cost: float) -> None:
         """Adds what a look back at a snapshot cost; the budget of measurements does not pay for it."""
@@ -106,7 +113,8 @@ class State:
     def keep(self, found: Measurement) -> None:
         """Keeps a measurement's figures until the next one."""
         self.measured_limit, self.following = found.lr_limit, True
-        self.measured_at, self.usual = self.updates, self.trend.known
+        self.measured_at = self.updates
+        self.usual = self.lowest = self.trend.known
         self.figures.update({name: value for name in FIGURES if (value := getattr(found, name)) is not None})
 
     def explain(self, found: Measurement, before: float, after: float, *, capped: bool) -> tuple[Action, str]:

@@ -10,6 +10,7 @@ from safe_lr.accounts import State
 from safe_lr.decisions import Action
 from safe_lr.measurement import Measurement
 from safe_lr.policies import (
+    CALM_UPDATES,
     FAILED,
     FOLLOW_EACH,
     FOLLOW_EVERY,
@@ -115,21 +116,37 @@ class Controller:
         self._set_margin()
         if earlier.cap is not None and used > 0:  # at an lr of 0 an earlier step did the harm; from 0 no cap rises
             earlier.cap = min(earlier.cap, used / STEP)
-        self._keep_calm()
+        self._keep_calm(TRIAL_GAP)
 
-    def _keep_calm(self) -> None:
-        """For a routine gap trial steps with room do not raise the multiple."""
-        self.state.calm_until = self.state.updates + max(TRIAL_GAP, self.state.gap)
+    def _keep_calm(self, least: int) -> None:
+        """For a routine gap, at least for so many updates, trial steps with room do not raise the multiple."""
+        self.state.calm_until = self.state.updates + max(least, self.state.gap)
 
     def held_back(self, lr_ref: float) -> bool:
         """Whether a cap under a learned margin is what holds lr back."""
         return self.policy.learns and self.state.cap is not None and lr_ref > self.state.cap
 
+    def heed_norms(self, lr_ref: float) -> str | None:
+        """Cuts margin and cap where gradient norms have risen while the cap holds lr back; returns what was done, and
+        why, None if nothing.
+
+        From there they count anew: each further rise cuts again.
+        """
+        state = self.state
+        if not (self._settled and state.trend.risen(state.lowest) and self.held_back(lr_ref)):
+            return None
+        lowest, state.lowest = state.lowest or 0.0, state.trend.mean
+        cut = self.cut()
+        seen = f"usual gradient norms have risen from {math.exp(lowest):.3g} to {math.exp(state.trend.mean):.3g}"
+        return None if cut is None else f"{cut}: {seen}"
+
     def cut(self) -> str | None:
-        """Cuts a learned margin and the cap since the loss drifts up; returns what that did to them, None if nothing.
+        """Cuts a learned margin and the cap since loss or gradient norms drift up; returns what that did to them, None
+        if nothing.
 
         From what was used, as after a rewind, but to no less than MULTIPLE_DRIFT allows; and trial steps with room do
-        not raise the multiple for a while, also where nothing was left to cut: as the loss drifts up they are wrong.
+        not raise the multiple for CALM_UPDATES, also where nothing was left to cut: as the loss drifts up they are
+        wrong.
         """
         state = self.state
         if not state.cap:
@@ -141,7 +158,7 @@ class Controller:
         cap = min(state.cap, max(state.cap / STEP, MULTIPLE_DRIFT * unit), margin * limit)
         moves = {"margin": (state.margin, margin), "cap": (state.cap, cap)}
         told = [f"{name} {old:.3g} -> {new:.3g}" for name, (old, new) in moves.items() if new < old]
-        self._keep_calm()
+        self._keep_calm(CALM_UPDATES)
         if not told:
             return None
         state.multiple, state.margin, state.cap = multiple, margin, cap
@@ -169,9 +186,13 @@ class Controller:
     @property
     def wandered(self) -> bool:
         """Whether gradient norms, which P follows, have changed so much that a new measurement is due."""
-        state = self.state
-        settled = not self.young and state.updates >= state.measured_at + TRIAL_GAP
-        return self.follows_gradients and settled and state.trend.wandered(state.usual)
+        return self._settled and self.state.trend.wandered(self.state.usual)
+
+    @property
+    def _settled(self) -> bool:
+        """Whether gradient norms, where P follows them, can be compared with those at the last measurement."""
+        late = self.state.updates >= self.state.measured_at + TRIAL_GAP
+        return self.follows_gradients and late and not self.young
 
     @property
     def can_try(self) -> bool:

@@ -113,7 +113,7 @@ class Decider:
         if control.follows(turned=self._decays != before):
             control.follow(self._rules())
         usual, alarm = state.trend, state.trend.alarming(size)
-        state.trend = usual.after(size)
+        state.felt(size)
         if alarm and not control.due(early=early):
             alarm = probe is not None or observed is None or not self._harmless(observed)
         jump = f"the gradient norm is {size:.3g}, usual is {math.exp(usual.mean):.3g}" if alarm else None
@@ -121,6 +121,7 @@ class Decider:
             probe or observed, jump, watch, fixed=probe is not None, early=early
         ):
             return
+        self._heed_norms()
         if state.cap is not None:
             if observed is not None and probe is None and control.trial_due(self.rates.wanted):
                 self._try(observed)
@@ -179,9 +180,7 @@ class Decider:
             raise
         if trouble is None:
             if rewinder.drifted is not None:
-                limit = self.state.figures.get("lr_limit", math.nan)
-                found = Measurement(bound=self.instrument.settings.bound, lr_limit=limit)
-                self._record("margin", rewinder.drifted, found, before, self.rates.applied[self.rates.reference])
+                self._cut(rewinder.drifted, before)
             return False
         self._not_made(trouble, before)
         return True
@@ -190,6 +189,21 @@ class Decider:
         self.rates.apply(self.state.cap)
         found = Measurement(bound=self.instrument.settings.bound, cost=trouble.cost)
         self._record(trouble.action, trouble.reason, found, before, self.rates.applied[self.rates.reference])
+
+    def _heed_norms(self) -> None:
+        """Cuts margin and cap, with no measurement, where gradient norms have risen while the cap holds lr back."""
+        if processes.count() > 1:
+            return  # ranks whose gradient norms differ would cut at different updates
+        before, told = self.rates.applied[self.rates.reference], self.controller.heed_norms(self.rates.wanted)
+        if told is not None:
+            self.rates.apply(self.state.cap)
+            self._cut(told, before)
+
+    def _cut(self, told: str, before: float) -> None:
+        """Records a cut that no measurement asked for."""
+        limit = self.state.figures.get("lr_limit", math.nan)
+        found = Measurement(bound=self.instrument.settings.bound, lr_limit=limit)
+        self._record("margin", told, found, before, self.rates.applied[self.rates.reference])
 
     def _rules(self) -> list[UpdateRule | None]:
         """Each parameter's update rule at the coming step; none where the optimizer's state cannot be read."""

@@ -178,26 +178,21 @@ class Rewinder:
 
     def _go_on(self, loss: float | None, closures: Sequence[Closure] | None, control: Controller, rates: Rates) -> None:
         self._count_in(loss)
-        early = control.state.updates - self._at < EVERY
-        if early or (self._held_back and self._doubtful(loss, closures, control)):
+        if control.state.updates - self._at < EVERY:
             self._recent.take()
-        else:
-            self._take(closures, control, rates)
+            return
+        if self._held_back:  # else there is nothing to cut
+            self._heed_drift(loss, closures, control)
+        self._take(closures, control, rates)
 
-    def _doubtful(self, loss: float | None, closures: Sequence[Closure] | None, control: Controller) -> bool:
-        """Before a new snapshot: whether a second batch must tell if the loss has drifted up since the last; then cuts.
-
-        Where nothing holds lr back this is not asked: there is nothing to cut.
-        """
+    def _heed_drift(self, loss: float | None, closures: Sequence[Closure] | None, control: Controller) -> None:
+        """Before a new snapshot: cuts where the loss has drifted up since the last."""
         seen = self._look_back(loss, closures, control)
-        if seen is None:
-            self._drift.doubt = None
-            return False
-        verdict, (now, then) = self._drift.weigh(seen, self._losses)
-        if verdict == "drifting" and (cut := control.cut()) is not None:
-            now, then = self._sign() * now, self._sign() * then
-            self.drifted = f"{cut}: on two batches the loss is {now:.4g}, under the last snapshot {then:.4g}"
-        return verdict == "doubtful"
+        if seen is None or not self._drift.seen_in(seen, self._losses):
+            return
+        cut, (now, then) = control.cut(), (self._sign() * each for each in seen)
+        if cut is not None:
+            self.drifted = f"{cut}: the batch's loss is {now:.4g}, under the last snapshot it is {then:.4g}"
 
     def _look_back(self, told: float | None, closures: Sequence[Closure] | None, control: Controller) -> Seen | None:
         """The batch's losses under both parameters, the present one as it was told where that can be believed."""
@@ -234,7 +229,7 @@ class Rewinder:
         self._restore(rates, random_streams=tried == 0)
         control.go_back(self._beside.state, wanted)
         self._healthy_at = updates + (updates - self._at) + EVERY
-        self._watching, self._drift.doubt = False, None
+        self._watching = False
         told = self._tell(replace(seen, margin=control.state.margin, cap=control.state.cap))
         self.rewinds += 1
         if tried >= self.most:
@@ -257,7 +252,6 @@ class Rewinder:
     # ---- the snapshot
 
     def _take(self, closures: Sequence[Closure] | None, control: Controller, rates: Rates) -> None:
-        self._drift.doubt = None
         rates.give_back()  # the groups then show the desired lrs
         modules = None if closures is None else [module for closure in closures for module in modules_in(closure)]
         self.snapshot.take(modules)

@@ -6,6 +6,7 @@ import atexit
 import copy
 import gc
 import io
+import math
 import pickle
 import random
 import warnings
@@ -21,8 +22,10 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 
 from safe_lr import CoherenceGuard, CoherenceScheduler, Decision
+from safe_lr.controller import Controller
 from safe_lr.ensemble import Ensemble
-from safe_lr.policies import FREE_UPDATES, MARGIN_MIN, MARGIN_YOUNG, MULTIPLE_START
+from safe_lr.norms import NormTrend
+from safe_lr.policies import CALM_UPDATES, FREE_UPDATES, MARGIN_MIN, MARGIN_YOUNG, MULTIPLE_START, STEP, Policy
 from tests.cases import Case
 
 CAP = 0.25  # of a Bowl at margin .5: half of 2 / 4
@@ -177,6 +180,75 @@ def test_a_few_gradients_of_nearly_nothing_are_no_new_level(odd: int) -> None:
         bowl.scale = 1e-12 if 60 <= step < 60 + odd else 1.0
         bowl.run()
     assert [decision.step for decision in bowl.guard.history] == [0, 3, 12, 39, 120]
+
+
+# ---- norms that rise under a cap
+
+
+def _cuts(steps: int, scale: Callable[[int], float], case: Case = Case(Adam), **options: Any) -> list[Decision]:  # noqa: B008
+    """Those that a rise of gradient norms, which are `scale` times sqrt(17), led to: x is held at (1, 1)."""
+    bowl = Bowl(case, **{"lr": 100.0, "margin": "auto", **options})
+    for step in range(steps):
+        with torch.no_grad():
+            bowl.x.fill_(1.0)
+        bowl.scale = scale(step)
+        bowl.run()
+    return [decision for decision in bowl.guard.history if "gradient norms have risen" in decision.reason]
+
+
+def test_gradient_norms_that_rise_under_a_cap_cut_the_margin_with_no_measurement() -> None:
+    """The running mean is beyond 1.5 after 18 of twice the norm: .95^18 < 1 - log 1.5 / log 2 < .95^17."""
+    (cut,) = _cuts(110, lambda step: 1.0 if step < 60 else 2.0)
+    assert cut.step == 60 + 17 and cut.action == "margin" and cut.cost == 0
+    level = math.sqrt(17)
+    assert f"have risen from {level:.3g} to {level * 2 ** (1 - 0.95**18):.3g}" in cut.reason
+    assert f"cap {cut.cap * STEP:.3g} -> {cut.cap:.3g}" in cut.reason and cut.lr_after == pytest.approx(cut.cap)
+
+
+def test_each_further_rise_cuts_again_and_is_counted_from_the_cut() -> None:
+    control = Controller(Policy(), least_cost=8.0, adaptive=True, follows_gradients=True)
+    state = replace(control.state, updates=100, measured_at=80, share=0.5, multiple=3.0, margin=1.5, cap=1.5, gap=40)
+    state.trend, state.lowest, state.figures = NormTrend(math.log(1.6), count=50), 0.0, {"lr_limit": 1.0}
+    control.state = state
+    for told in ("margin 1.5 -> 1, cap 1.5 -> 1: usual gradient norms have risen from 1 to 1.6", None):
+        assert control.heed_norms(10.0) == told
+    assert state.calm_until == 100 + CALM_UPDATES  # trial steps with room do not raise it again for a while
+    state.trend = replace(state.trend, mean=math.log(2.5))
+    assert control.heed_norms(1.0) is None and state.cap == 1.0  # lr is at the cap, not held back
+    assert control.heed_norms(10.0) == (
+        "margin 1 -> 0.667, cap 1 -> 0.667: usual gradient norms have risen from 1.6 to 2.5"
+    )
+    state.trend, state.measured_at = replace(state.trend, mean=math.log(25.0)), 81
+    assert control.heed_norms(10.0) is None  # fewer than twenty updates after a measurement
+
+
+def test_a_rise_is_counted_from_the_lowest_level_not_from_the_one_at_the_measurement() -> None:
+    (cut,) = _cuts(118, lambda step: 0.5 if 50 <= step < 85 else 1.0)
+    assert cut.step > 85
+
+
+@pytest.mark.parametrize(
+    ("scale", "options"),
+    [
+        (1.4, {}),  # less than 1.5
+        (2.0, {"lr": 1e-12}),  # lr is not what the cap holds back
+        (2.0, {"margin": 0.5}),  # nothing to cut
+        (2.0, {"case": Case(SGD)}),  # P knows no gradient
+    ],
+)
+def test_what_is_no_rise(scale: float, options: dict[str, Any]) -> None:
+    assert not _cuts(118, lambda step: 1.0 if step < 60 else scale, **options)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_several_processes_whose_norms_may_differ_cut_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("safe_lr.processes.count", lambda group=None: 2)
+    assert not _cuts(118, lambda step: 1.0 if step < 60 else 2.0)
+
+
+def test_a_single_gradient_or_norms_that_scatter_are_no_rise() -> None:
+    assert not _cuts(118, lambda step: 100.0 if step == 60 else 1.0)
+    assert not _cuts(118, lambda step: 1.0 if step < 60 else 4.0 ** (step % 2))  # twice the norm, or half it
 
 
 def test_an_early_measurement_that_fails_is_tried_again_and_grows_no_gap() -> None:
