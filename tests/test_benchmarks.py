@@ -185,21 +185,22 @@ def check_curvature(result: dict[str, dict[str, dict[str, dict[str, dict[str, fl
             assert all(math.isfinite(task[peer][key]) for key in ("error", "gradients"))
 
 
-MISSED = pytest.mark.xfail(strict=True, reason="missed on the conv net: docs/performance.md")
-
-
 @pytest.mark.parametrize(
     "name",
     [
         "cold: worst error",
         "cold: gradients",
-        pytest.param("cold_preconditioned: worst error", marks=MISSED),
+        "cold_preconditioned: worst error",
         "cold_preconditioned: gradients",
         "warm: worst error",
         "warm: gradients",
         "warm_preconditioned: worst error",
-        pytest.param("cold: gradients over the best peer's", marks=MISSED),
+        "warm_preconditioned: gradients",
+        "cold: gradients over the best peer's",
         "upper >= truth, share of the cold cases",
+        "exponent of cost in parameters",
+        "products on 16 times the data over those on the data",
+        "side effects of safe_lr",
     ],
 )
 def test_recorded_curvature_result(root: Path, name: str) -> None:
