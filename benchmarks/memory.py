@@ -10,7 +10,8 @@ gradient            one loss and its gradient, as in training (attention on its 
 retained            exact: a graph kept, then one product on it
 lean                exact: the graph built for the product and freed as it goes
 finite-difference   one product by central differences
-one-sided           one product by a one-sided difference
+one-sided           one product by a one-sided difference as "auto" makes it: the gradient that it starts from and what
+                    ReLUs do count in; the parameters' own values are kept by whoever measures
 
 saved               what the graph of the gradient holds before the second backward pass: no double backward that
                     recomputes nothing has a lower peak
@@ -36,6 +37,7 @@ from tqdm import tqdm
 from benchmarks.networks import TASKS, Point
 from benchmarks.results import command_line, markdown, save
 from safe_lr.closures import leave_no_trace
+from safe_lr.kinks import Kinks
 from safe_lr.operators import exact_hessian, finite_difference_hessian, lean_hessian
 
 AIM = 1.6  # of a gradient's, for the lean product
@@ -91,15 +93,22 @@ def of_products(point: Point) -> dict[str, Peak]:
             return untouched.call(point.loss)
 
         loss()  # the buffers are remembered at the first call, outside the account
+        kinks = Kinks()
+
+        def smooth() -> Tensor:
+            with kinks:
+                return loss()
+
         made = {
-            "finite-difference": lambda: finite_difference_hessian(loss, params),
-            "one-sided": lambda: finite_difference_hessian(loss, params, one_sided=True),
+            "finite-difference": lambda: finite_difference_hessian(loss, params, moved=untouched.moved),
+            "one-sided": lambda: finite_difference_hessian(smooth, params, one_sided=True, moved=untouched.moved),
             "retained": lambda: exact_hessian(loss(), params),
             "lean": lambda: lean_hessian(loss, params),
         }
         for name, make in made.items():
-            if name == "retained":  # its graph is part of what it takes
-                untouched.differentiate_twice()
+            if name in ("one-sided", "retained"):  # the gradient it starts from, the kinks, or its graph are part of it
+                if name == "retained":
+                    untouched.differentiate_twice()
                 found[name] = peak_of(lambda: make().product(vectors))  # noqa: B023 (called at once)
             else:
                 product = make().product

@@ -27,7 +27,7 @@ COUNTED = (
 
 LIMITED = (
     "cap", "measured_limit", "flips", "share", "votes", "alone", "moving", "following", "figures", "expected_cost",
-    "gap", "measured_at", "usual", "lowest",
+    "gap", "measured_at", "usual", "lowest", "cuts",
 )  # fmt: skip
 """What a measurement leaves behind."""
 
@@ -61,6 +61,8 @@ class State:
     measured_at: int = 0  # updates at the last good measurement
     usual: float | None = None  # the trend's mean then, None where it was not known
     lowest: float | None = None  # the lowest it has been since then, or since a rise from there has cut the margin
+    cuts: int = 0  # by such rises, since then
+    heard: list[float] = field(default_factory=list)  # the last two losses that measurements and trial steps met
     measurements: int = 0
     verified_at: int = 0  # the last one whose differences exact products have checked
     failures: int = 0
@@ -80,6 +82,11 @@ class State:
         self.trend = self.trend.after(norm)
         means = [mean for mean in (self.lowest, self.trend.known) if mean is not None]
         self.lowest = min(means, default=None)
+
+    def hear(self, found: Measurement) -> None:
+        """Takes in the loss of a batch that was measured, or that trial steps were made on; less is better."""
+        if found.loss is not None:
+            self.heard = [*self.heard, -found.loss if found.maximize else found.loss][-2:]
 
     def looked(self, cost: float) -> None:
         """Adds what a look back at a snapshot cost; the budget of measurements does not pay for it."""
@@ -115,6 +122,7 @@ class State:
         self.measured_limit, self.following = found.lr_limit, True
         self.measured_at = self.updates
         self.usual = self.lowest = self.trend.known
+        self.cuts = 0
         self.figures.update({name: value for name in FIGURES if (value := getattr(found, name)) is not None})
 
     def explain(self, found: Measurement, before: float, after: float, *, capped: bool) -> tuple[Action, str]:

@@ -156,12 +156,12 @@ class Untouched:
         return returned
 
     @contextlib.contextmanager
-    def moved(self, steps: Sequence[Tensor | None]) -> Iterator[None]:
-        """Adds `steps` to the parameters meanwhile."""
+    def moved(self, steps: Sequence[Tensor | None], length: float = 1.0) -> Iterator[None]:
+        """Adds `length` times `steps` to the parameters meanwhile."""
         try:
             for parameter, step in zip(self._params, steps, strict=True):
                 if step is not None:
-                    parameter.data.add_(step)
+                    parameter.data.add_(step, alpha=length)
             yield
         finally:
             for parameter, value, step in zip(self._params, self._values, steps, strict=True):

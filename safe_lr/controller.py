@@ -21,6 +21,7 @@ from safe_lr.policies import (
     MATURE,
     MULTIPLE_DRIFT,
     MULTIPLE_START,
+    RISES,
     ROOM,
     SETTLED,
     STEP,
@@ -116,29 +117,38 @@ class Controller:
         self._set_margin()
         if earlier.cap is not None and used > 0:  # at an lr of 0 an earlier step did the harm; from 0 no cap rises
             earlier.cap = min(earlier.cap, used / STEP)
-        self._keep_calm(TRIAL_GAP)
+        self._keep_calm(max(TRIAL_GAP, self.state.gap))
 
-    def _keep_calm(self, least: int) -> None:
-        """For a routine gap, at least for so many updates, trial steps with room do not raise the multiple."""
-        self.state.calm_until = self.state.updates + max(least, self.state.gap)
+    def _keep_calm(self, updates: int) -> None:
+        """For so many updates trial steps with room do not raise the multiple."""
+        self.state.calm_until = max(self.state.calm_until, self.state.updates + updates)
 
     def held_back(self, lr_ref: float) -> bool:
         """Whether a cap under a learned margin is what holds lr back."""
         return self.policy.learns and self.state.cap is not None and lr_ref > self.state.cap
 
     def heed_norms(self, lr_ref: float) -> str | None:
-        """Cuts margin and cap where gradient norms have risen while the cap holds lr back; returns what was done, and
-        why, None if nothing.
+        """Cuts margin and cap where gradient norms have risen while the cap holds lr back, and the loss was not seen to
+        fall; returns what was done, and why, None if nothing.
 
-        From there they count anew: each further rise cuts again.
+        From there they count anew: a further rise cuts again, RISES times at most until the next measurement.
         """
         state = self.state
         if not (self._settled and state.trend.risen(state.lowest) and self.held_back(lr_ref)):
             return None
+        if state.cuts >= RISES or self._falls:
+            return None
+        state.cuts += 1
         lowest, state.lowest = state.lowest or 0.0, state.trend.mean
         cut = self.cut()
         seen = f"usual gradient norms have risen from {math.exp(lowest):.3g} to {math.exp(state.trend.mean):.3g}"
         return None if cut is None else f"{cut}: {seen}"
+
+    @property
+    def _falls(self) -> bool:
+        """Whether the last loss that was met is below the one before."""
+        heard = self.state.heard
+        return len(heard) == 2 and heard[1] < heard[0]
 
     def cut(self) -> str | None:
         """Cuts a learned margin and the cap since loss or gradient norms drift up; returns what that did to them, None
@@ -359,6 +369,7 @@ class Controller:
             What the trial steps found, and what moved the margin, if it moved.
         """
         state, trial, moved = self.state, None, None
+        state.hear(found)
         if found.failure is not None:
             state.retry = next_retry(state.retry)
             state.due_at = state.updates + state.retry
@@ -376,6 +387,7 @@ class Controller:
     def settle_trial(self, tried: Measurement, lr_ref: float, shape: float = 1.0) -> tuple[Action, str] | None:
         """Takes trial steps in: moves the margin, or a limit that counts alone; returns what was done, and why."""
         state, alone = self.state, self.state.alone
+        state.hear(tried)
         planned = self.planned(tried.lr_limit, lr_ref, shape)
         trial, moved = self._learn(tried, lr_ref, None, shape, still=alone)
         told: tuple[Action, str] | None = None if moved is None else ("margin", moved)

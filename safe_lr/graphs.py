@@ -20,6 +20,10 @@ KINKED = (
 )  # fmt: skip
 """How nodes begin in whose derivative there are jumps: differences across them are not derivatives."""
 
+OPENED = "ThresholdBackwardBackward0"
+"""The node of what `kinks.Kinks` puts in a ReLU's place. A loss that differentiates inside has it too, beside ReLU's
+own."""
+
 FUSED = frozenset({"MkldnnRnnLayerBackward0"})
 """Nodes of kernels that are fused up to the first derivative alone. Through oneDNN's LSTM (torch's on the CPU) the
 graph takes 2-4 gradients and a product 4-7."""
@@ -53,7 +57,7 @@ def smooth(loss: Tensor, since: int = 0) -> bool:
     """
     for node in _nodes(loss):
         name = type(node).__name__
-        if name == "AccumulateGrad":
+        if name in ("AccumulateGrad", OPENED):
             continue
         if isinstance(node, BackwardCFunction) or "::" in name or name == CONVERSION or name.startswith(KINKED):
             return False
@@ -70,7 +74,8 @@ def size(loss: Tensor) -> int:
         >>> size((2 * x).sum())                                            # x, 2 x, and the sum
         7
     """
-    return sum(math.prod(made.shape) for node in _nodes(loss) for made in getattr(node, "_input_metadata", ()))
+    made = [made.shape for node in _nodes(loss) for made in getattr(node, "_input_metadata", ())]
+    return sum(math.prod(n for n in shape if isinstance(n, int)) for shape in made)  # jagged sizes are symbols
 
 
 def graph_time() -> int:

@@ -12,19 +12,18 @@ from torch.overrides import TorchFunctionMode
 
 _Function = Callable[..., Any]
 
-_HOMOGENEOUS: frozenset[_Function] = frozenset(
-    {F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.leaky_relu, F.leaky_relu_}
-    | {torch.abs, torch.abs_, Tensor.abs, Tensor.abs_}
-)
-"""f(x) = f'(x) x, element by element."""
+_RELU: frozenset[_Function] = frozenset({F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_})
 
-_PIECEWISE_LINEAR: frozenset[_Function] = _HOMOGENEOUS | {
-    *(F.relu6, F.hardtanh, F.hardtanh_, F.hardsigmoid, F.threshold, F.hardshrink, F.softshrink),
+_GATES: frozenset[_Function] = _RELU | {
+    *(F.relu6, F.hardtanh, F.hardtanh_, F.threshold, F.hardshrink, F.softshrink),
     *(torch.clamp, torch.clamp_, torch.clip, torch.clip_, Tensor.clamp, Tensor.clamp_, Tensor.clip, Tensor.clip_),
     *(torch.clamp_min, torch.clamp_min_, torch.clamp_max, torch.clamp_max_),
     *(Tensor.clamp_min, Tensor.clamp_min_, Tensor.clamp_max, Tensor.clamp_max_),
 }
-"""f(x) = f'(x) x + constant, element by element."""
+"""Where open f(x) = x + constant, where shut a constant, element by element."""
+
+_SLOPES: frozenset[_Function] = frozenset({F.leaky_relu, F.leaky_relu_, torch.abs, torch.abs_, Tensor.abs, Tensor.abs_})
+"""f(x) = f'(x) x, element by element."""
 
 _MAX_POOL: dict[_Function, int] = {
     F.max_pool1d: 1,
@@ -38,6 +37,13 @@ _MAX_POOL: dict[_Function, int] = {
 
 _Piece = tuple[Tensor, Tensor | None]
 """The piece of a function that held: (slope, constant or None for zero), or (indices, None) for pooling."""
+
+_opened: Callable[[Tensor, Tensor, float], Tensor] = torch.ops.aten.threshold_backward
+"""(x, slope, 0) -> x where the slope is not zero, else 0: how autograd differentiates ReLU. A product with the slope
+would make NaN of an infinite x, or of an infinite derivative further on, behind a shut gate."""
+
+
+CHANGED = "the loss meets other kinks than it did before: its control flow depends on the parameters"
 
 
 class Changed(RuntimeError):
@@ -53,7 +59,7 @@ class Kinks(TorchFunctionMode):
 
     There loss, gradient and Hessian are what autograd makes of the function itself, which takes its second derivative
     for zero. But the loss is smooth now: differences of its gradient tell that Hessian, where otherwise they count in
-    what every kink that the step crosses adds. And autograd's graph has a product in the function's place, which
+    what every kink that the step crosses adds. And autograd's graph has nodes in the function's place that
     `graphs.smooth` knows.
 
     Known are ReLU and the other piecewise linear functions of torch.nn.functional, `clamp`, `abs`, and max-pooling.
@@ -67,7 +73,7 @@ class Kinks(TorchFunctionMode):
         >>> kinks, x = Kinks(), torch.tensor([-1.0, 2.0], requires_grad=True)
         >>> with kinks:
         ...     torch.relu(x).tolist()
-        [-0.0, 2.0]
+        [0.0, 2.0]
         >>> with kinks:
         ...     torch.relu(x + torch.tensor([5.0, -5.0])).tolist()
         [0.0, -3.0]
@@ -85,7 +91,10 @@ class Kinks(TorchFunctionMode):
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
+        missed = not self._first and self._next < len(self._met) and error[0] is None
         self._first = False
+        if missed:
+            raise Changed(CHANGED)
 
     def __torch_function__(
         self,
@@ -95,7 +104,7 @@ class Kinks(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if not (func in _PIECEWISE_LINEAR or func in _MAX_POOL) or not _in_reach(func, args, kwargs):
+        if not (func in _GATES or func in _SLOPES or func in _MAX_POOL) or not _in_reach(func, args, kwargs):
             return func(*args, **kwargs)
         x = args[0]
         if self._first:
@@ -107,7 +116,8 @@ class Kinks(TorchFunctionMode):
             piece = self._known(func, x.shape)
         if func in _MAX_POOL:
             return _picked(x, piece[0], _MAX_POOL[func])
-        return _on(piece, x, inplace=func.__name__.endswith("_") or kwargs.get("inplace", False))
+        made = x * piece[0] if func in _SLOPES else _through(piece, x)
+        return x.copy_(made) if func.__name__.endswith("_") or kwargs.get("inplace") else made
 
     def _known(self, func: _Function, shape: torch.Size) -> _Piece:
         if self._next < len(self._met):
@@ -115,7 +125,7 @@ class Kinks(TorchFunctionMode):
             self._next += 1
             if known is func and size == shape:
                 return piece
-        raise Changed("the loss meets other kinks than it did before: its control flow depends on the parameters")
+        raise Changed(CHANGED)
 
 
 def _in_reach(func: _Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -124,7 +134,7 @@ def _in_reach(func: _Function, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return False
     if any(isinstance(a, Tensor) for a in (*args[1:], *kwargs.values())):  # bounds that may have a gradient; `out`
         return False
-    if func in _MAX_POOL and (kwargs.get("return_indices") or len(args) > 2):
+    if func in _MAX_POOL and (kwargs.get("return_indices") or any(a is True for a in args)):
         return False
     if func in _MAX_POOL and torch.are_deterministic_algorithms_enabled():
         return False  # gather's derivative adds up in any order on a GPU
@@ -153,15 +163,16 @@ def _line(func: _Function, x: Tensor, rest: tuple[Any, ...], kwargs: dict[str, A
     x.requires_grad_()
     y = func(x.clone(), *rest, **kwargs)
     (slope,) = torch.autograd.grad(y, x, torch.ones_like(y))
-    return slope, None if func in _HOMOGENEOUS else torch.addcmul(y.detach(), slope, x.detach(), value=-1)
+    x, y = x.detach(), y.detach()
+    slope = slope.masked_fill(x.isnan(), 1.0)  # lets NaN through
+    if func in _RELU or func in _SLOPES:
+        return slope, None
+    return slope, torch.where(slope == 0, y, torch.where(x.isfinite(), y - x, 0.0))
 
 
-def _on(piece: _Piece, x: Tensor, *, inplace: bool) -> Tensor:
-    slope, constant = piece
-    if inplace:
-        x.mul_(slope)
-        return x if constant is None else x.add_(constant)
-    return x * slope if constant is None else torch.addcmul(constant, slope, x)
+def _through(gates: _Piece, x: Tensor) -> Tensor:
+    opened, constant = _opened(x, gates[0], 0.0), gates[1]
+    return opened if constant is None else opened + constant
 
 
 def _picks(func: _Function, x: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> _Piece:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -97,9 +98,9 @@ class Objective:
             params: Leaf tensors.
             hvp: `exact` (a retained graph), `lean` (rebuilt), `finite-difference` (central) or `one-sided`; all but the
                 Hessian are exact or lean.
-            differences: Whether one-sided products are taken instead where they are cheaper (the (first) loss's graph
-                is of `DIFFERENCES_SIZE`, or a kernel is slow to differentiate twice) and that graph is smooth, or is
-                without the kinks that `Kinks` takes out.
+            differences: Whether one-sided products are taken instead where they are cheaper (of several closures, of a
+                graph of `DIFFERENCES_SIZE`, or where a kernel is slow to differentiate twice) and the (first) loss's
+                graph is smooth, or is without the kinks that `Kinks` takes out.
             verify: Whether those are to be checked by exact ones.
 
         Raises:
@@ -117,13 +118,17 @@ class Objective:
             kinks = [Kinks() for _ in self.closures]
             since = graph_time()
             loss = self._again(self.closures[0], kinks[0])()
-            if smooth(loss, since) and (size(loss) >= DIFFERENCES_SIZE or slow_to_differentiate_twice(loss)):
+            if smooth(loss, since) and self._differences_pay(loss):
                 exact = self._to_check_by(params, hvp, loss) if verify else None
                 return self._by_differences(params, one_sided=True, loss=loss, exact=exact, kinks=kinks)
         if differences and not verify:
             self.untouched.differentiate_twice()
             loss = None  # attention may have run on a kernel without a second derivative
         return self._twice(params, hvp, loss)
+
+    def _differences_pay(self, loss: Tensor) -> bool:
+        """Whether they are cheaper than exact products; than lean ones, of several closures, they always are."""
+        return len(self.closures) > 1 or size(loss) >= DIFFERENCES_SIZE or slow_to_differentiate_twice(loss)
 
     def _twice(self, params: Sequence[Tensor], hvp: str, loss: Tensor | None = None) -> Curvature:
         """By differentiating twice; `loss` is what the first closure returned, where it has been called."""
@@ -148,11 +153,14 @@ class Objective:
         kinks: Sequence[Kinks] = (),
     ) -> Curvature:
         first, *rest = [self._again(c, k) for c, k in itertools.zip_longest(self.closures, kinks)]
+        make = functools.partial(
+            finite_difference_hessian, params=params, one_sided=one_sided, moved=self.untouched.moved
+        )
         if not rest:
-            return finite_difference_hessian(first, params, one_sided=one_sided, loss=loss, exact=exact)
-        parts = [finite_difference_hessian(first, params, one_sided=one_sided, loss=loss)]
+            return make(first, loss=loss, exact=exact)
+        parts = [make(first, loss=loss)]
         del loss
-        parts += [finite_difference_hessian(evaluate, params, one_sided=one_sided) for evaluate in rest]
+        parts += [make(evaluate) for evaluate in rest]
         found = _mean(parts)
         return found if exact is None else replace(found, exact=exact, cost=found.cost + exact.cost)
 

@@ -8,7 +8,10 @@ empirical-fisher  (1/B) sum_i grad l_i grad l_i',     l_i the loss of example i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +22,8 @@ from torch.autograd.graph import get_gradient_edge
 from safe_lr.graphs import hides_parameters, once_differentiable
 
 Product = Callable[[Sequence[Tensor]], list[Tensor]]
+
+Moved = Callable[[Sequence[Tensor], float], AbstractContextManager[None]]
 
 DIFFERENCES = ("finite-difference", "one-sided")
 """Products that are not exact, and are made once more with another step to check what was found."""
@@ -139,6 +144,7 @@ def finite_difference_hessian(
     one_sided: bool = False,
     loss: Tensor | None = None,
     exact: Curvature | None = None,
+    moved: Moved | None = None,
 ) -> Curvature:
     """Returns the Hessian by differences of the gradient: what works without second derivatives.
 
@@ -157,6 +163,7 @@ def finite_difference_hessian(
         one_sided: Whether to go ahead only.
         loss: What `evaluate` returned, where it has been called already; its graph is freed, unless ...
         exact: ... this stands on it, whose loss and gradient are then the differences' own.
+        moved: Adds a multiple of some vectors to the parameters meanwhile; None to keep a copy of them for that.
 
     Example:
         >>> x = torch.tensor([1.0, 2.0], requires_grad=True, dtype=torch.float64)
@@ -165,20 +172,16 @@ def finite_difference_hessian(
         [tensor([ 6., 12.], dtype=torch.float64)]
     """
 
+    moved = moved or functools.partial(_moved, params)
+
     def at(vectors: Sequence[Tensor], length: float) -> list[Tensor]:
-        values = [p.detach().clone() for p in params]
-        try:
-            for p, v in zip(params, vectors, strict=True):
-                p.data.add_(v, alpha=length)
+        with moved(vectors, length):
             return _detached(gradients(evaluate(), params), params)
-        finally:
-            for p, value in zip(params, values, strict=True):
-                p.data.copy_(value)
 
     def difference(vectors: Sequence[Tensor], step: float) -> list[Tensor]:
         ahead = at(vectors, step)
         behind, width = (here, step) if one_sided else (at(vectors, -step), 2 * step)
-        return [(a - b).div_(width) for a, b in zip(ahead, behind, strict=True)]
+        return [(ahead.pop(0) - b).div_(width) for b in behind]  # each freed with its difference
 
     def product(vectors: Sequence[Tensor], part: float = 1.0) -> list[Tensor]:
         size = float(torch.stack([torch.linalg.vector_norm(v).double() for v in vectors]).norm())
@@ -315,6 +318,18 @@ def _sandwich(
         return _filled(products, params)
 
     return Curvature(float(loss.detach()), _detached(grads, params), [g is not None for g in pulled], product)
+
+
+@contextlib.contextmanager
+def _moved(params: Sequence[Tensor], vectors: Sequence[Tensor], length: float) -> Iterator[None]:
+    values = [p.detach().clone() for p in params]
+    try:
+        for p, v in zip(params, vectors, strict=True):
+            p.data.add_(v, alpha=length)
+        yield
+    finally:
+        for p, value in zip(params, values, strict=True):
+            p.data.copy_(value)
 
 
 def _gradients(loss: Tensor, params: Sequence[Tensor], **options: Any) -> list[Tensor | None]:

@@ -41,6 +41,9 @@ CALM_UPDATES = 200
 whose loss is far above the usual one, even a long step finds room: with TRIAL_GAP in its place two spikes were left in
 those eight runs, none with it."""
 
+RISES = 2
+"""Cuts by rising gradient norms until the next measurement. What a smaller lr does not stop is no drift."""
+
 MULTIPLE_MOST = 40.0
 """Its ceiling. Muon needs 20."""
 

@@ -236,6 +236,19 @@ def test_a_graph_made_outside_the_closure_is_measured_exactly_and_left_whole(out
     assert all(p.grad is not None for p in params)
 
 
+def test_several_closures_take_differences_at_any_size() -> None:
+    """What they would take else, lean products, cost three gradients each."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    x, y = torch.randn(32, 8), torch.randint(0, 4, (32,))
+    halves = [lambda: F.cross_entropy(model(x[:16]), y[:16]), lambda: F.cross_entropy(model(x[16:]), y[16:])]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    truth = safe_lr.measure(optimizer, halves, tol=1e-4)
+    found = safe_lr.measure(optimizer, halves, tol=0.05)
+    assert (truth.hvp, found.hvp, found.failure) == ("lean", "one-sided", None)
+    assert found.lambda_max == pytest.approx(truth.lambda_max, rel=0.02)
+
+
 @pytest.mark.usefixtures("any_size")
 def test_autocast_is_measured_exactly() -> None:
     torch.manual_seed(0)

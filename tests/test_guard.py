@@ -24,6 +24,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 from safe_lr import CoherenceGuard, CoherenceScheduler, Decision
 from safe_lr.controller import Controller
 from safe_lr.ensemble import Ensemble
+from safe_lr.measurement import Measurement
 from safe_lr.norms import NormTrend
 from safe_lr.policies import CALM_UPDATES, FREE_UPDATES, MARGIN_MIN, MARGIN_YOUNG, MULTIPLE_START, STEP, Policy
 from tests.cases import Case
@@ -205,11 +206,71 @@ def test_gradient_norms_that_rise_under_a_cap_cut_the_margin_with_no_measurement
     assert f"cap {cut.cap * STEP:.3g} -> {cut.cap:.3g}" in cut.reason and cut.lr_after == pytest.approx(cut.cap)
 
 
-def test_each_further_rise_cuts_again_and_is_counted_from_the_cut() -> None:
+def _risen(**figures: Any) -> Controller:
+    """A controller whose gradient norms have risen from 1 to 1.6 under a cap."""
     control = Controller(Policy(), least_cost=8.0, adaptive=True, follows_gradients=True)
-    state = replace(control.state, updates=100, measured_at=80, share=0.5, multiple=3.0, margin=1.5, cap=1.5, gap=40)
+    state = replace(control.state, updates=100, measured_at=80, share=0.5, multiple=3.0, margin=1.5, cap=1.5, **figures)
     state.trend, state.lowest, state.figures = NormTrend(math.log(1.6), count=50), 0.0, {"lr_limit": 1.0}
     control.state = state
+    return control
+
+
+def test_a_cut_keeps_calm_for_a_while_that_no_gap_lengthens() -> None:
+    control = _risen(gap=2187)
+    assert control.heed_norms(10.0) is not None
+    assert control.state.calm_until == 100 + CALM_UPDATES
+
+
+def test_a_third_rise_waits_for_a_measurement() -> None:
+    control = _risen()
+    state, mean = control.state, math.log(1.6)
+    for cut in (True, True, False, False):
+        assert (control.heed_norms(10.0) is not None) == cut
+        mean += math.log(1.6)
+        state.trend = replace(state.trend, mean=mean)
+    state.keep(Measurement(bound="momentum", lr_limit=1.0))
+    assert (state.cuts, state.lowest) == (0, state.trend.mean)
+
+
+@pytest.mark.parametrize(
+    ("heard", "maximize", "cut"),
+    [([], False, True), ([1.0], False, True), ([1.0, 1.2], False, True), ([9.0, 1.2, 1.1], False, False),
+     ([0.5, 1.2, 1.2], False, True), ([1.0, 1.2], True, False), ([1.2, 1.0], True, True)],
+)  # fmt: skip
+def test_norms_that_rise_while_the_loss_falls_cut_nothing(heard: list[float], maximize: bool, cut: bool) -> None:
+    """On the way off a plateau gradients grow for hundreds of updates, and a smaller lr only makes that last."""
+    control = _risen()
+    for loss in heard:
+        control.state.hear(Measurement(bound="momentum", loss=loss, maximize=maximize))
+    assert (control.heed_norms(10.0) is not None) == cut
+
+
+def test_a_run_leaves_a_plateau_as_fast_as_without_the_cut() -> None:
+    """Four linear layers from near zero: norms rise hundredfold, from one plateau of the loss to the next."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(10, 10, bias=False) for _ in range(4)))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.3 * torch.randn_like(p))
+    x, target = torch.randn(64, 10), torch.diag(torch.linspace(2.0, 0.2, 10))
+
+    def loss() -> Tensor:
+        return (model(x) - x @ target).square().mean()
+
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    guard = CoherenceGuard(optimizer, loggers=None)
+    for _ in range(500):
+        optimizer.zero_grad()
+        loss().backward()
+        guard.observe(loss)
+        optimizer.step()
+    assert float(loss().detach()) < 0.02
+    assert sum("gradient norms have risen" in decision.reason for decision in guard.history) <= 4
+
+
+def test_each_further_rise_cuts_again_and_is_counted_from_the_cut() -> None:
+    control = _risen(gap=40)
+    state = control.state
     for told in ("margin 1.5 -> 1, cap 1.5 -> 1: usual gradient norms have risen from 1 to 1.6", None):
         assert control.heed_norms(10.0) == told
     assert state.calm_until == 100 + CALM_UPDATES  # trial steps with room do not raise it again for a while

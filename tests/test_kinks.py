@@ -132,8 +132,8 @@ def test_what_has_no_gradient_is_no_kink() -> None:
 
 @pytest.mark.parametrize(
     "second",
-    [torch.abs, lambda x: torch.relu(x[:2]), lambda x: torch.relu(torch.relu(x))],
-    ids=["other", "less", "more"],
+    [torch.abs, lambda x: torch.relu(x[:2]), lambda x: torch.relu(torch.relu(x)), torch.tanh],
+    ids=["other", "smaller", "more", "none"],
 )
 def test_another_control_flow_is_told(second: Make) -> None:
     kinks = Kinks()
@@ -195,6 +195,74 @@ def test_a_tensor_that_does_not_tell_its_slope_keeps_its_kinks(monkeypatch: pyte
         patched.setattr(torch.autograd, "grad", refuses)
         made = torch.relu(x)
     assert torch.equal(made, torch.relu(x)) and not smooth(made.sum())
+
+
+IN_PLACE: dict[str, Make] = {
+    "relu in place": Tensor.relu_,
+    "relu module in place": nn.ReLU(inplace=True),
+    "relu in place of torch": torch.relu_,
+    "leaky relu in place": lambda x: F.leaky_relu(x, 0.2, inplace=True),
+    "hardtanh in place": F.hardtanh_,
+    "abs in place": Tensor.abs_,
+    "clamp in place": lambda x: x.clamp_(min=0.1),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_a_function_in_place_changes_its_argument(name: str) -> None:
+    """What reads the tensor afterwards, rather than what the function returns, sees it too."""
+    kinks, apart = Kinks(), Kinks()
+    for x in (at(), at(1)):
+        with kinks:
+            whole = torch.cat([x, x])
+            IN_PLACE[name](whole[:4])
+        with apart:
+            expected = KNOWN[name](x)
+        torch.testing.assert_close(whole[:4], expected)
+        assert torch.equal(whole[4:], x)
+        ours, right = (torch.autograd.grad(made.square().sum(), x)[0] for made in (whole[:4], expected))
+        torch.testing.assert_close(ours, right)
+
+
+BEHIND: dict[str, Make] = {
+    "an infinite derivative": lambda h: (torch.relu(h).sqrt() - 1).square().mean(),
+    "one of clamp": lambda h: (h.square().sum(-1) - 2).clamp(min=0).sqrt().mean() + h.cos().mean(),
+    "an infinite second derivative": lambda h: torch.relu(h).pow(1.5).mean(),
+    "the sign of zero": lambda h: torch.exp(-1 / torch.relu(h)).mean() + h.square().mean(),
+    "an infinite argument": lambda h: (
+        h.masked_fill(torch.eye(*h.shape).bool(), -torch.inf).clamp(min=-9.0).softmax(-1).square().mean()
+    ),
+}
+"""What a shut gate hides: autograd selects there, and 0 times infinity is NaN."""
+
+
+@pytest.mark.parametrize("width", [20, 220])
+@pytest.mark.parametrize("name", BEHIND)
+def test_what_a_shut_gate_hides_stays_hidden(name: str, width: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(30, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 8))
+    x = torch.randn(256 if width > 20 else 16, 30)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    truth = safe_lr.measure(optimizer, lambda: BEHIND[name](model(x)), hvp="exact", tol=1e-4)
+    found = safe_lr.measure(optimizer, lambda: BEHIND[name](model(x)), tol=0.01)
+    assert truth.failure is None and found.failure is None
+    assert found.lambda_max == pytest.approx(truth.lambda_max, rel=0.01)
+
+
+@pytest.mark.parametrize("act", [F.gelu, F.relu], ids=["gelu", "relu"])
+def test_jagged_tensors_are_measured(act: Make) -> None:
+    torch.manual_seed(0)
+    first, last = nn.Linear(16, 32), nn.Linear(32, 1)
+    rows = torch.nested.nested_tensor([torch.randn(k, 16) for k in (30, 50, 70)], layout=torch.jagged)
+    optimizer = torch.optim.SGD([*first.parameters(), *last.parameters()], lr=0.1)
+
+    def loss() -> Tensor:
+        return last(act(first(rows)).values()).square().mean()
+
+    truth = safe_lr.measure(optimizer, loss, hvp="lean", tol=1e-4)
+    found = safe_lr.measure(optimizer, loss, tol=0.01)
+    assert truth.failure is None and found.failure is None
+    assert found.lambda_max == pytest.approx(truth.lambda_max, rel=0.01)
 
 
 def test_nan_is_not_hidden() -> None:
