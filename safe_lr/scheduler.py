@@ -98,10 +98,10 @@ class CoherenceScheduler(LRScheduler):
             (`rewind_memory()`; about three times the parameters with Adam), a copy of it every ten updates, and two
             forward passes, with one more copy of the parameters meanwhile, when something looks wrong. Where the cap
             holds lr back, one forward pass before each copy tells the batch's loss under the snapshot so far (two where
-            `observe` is not told the loss, and the first time; three where what it is told does not settle it): if it
-            has doubled since, and on this batch and the next one together too, margin and cap are cut. All of that is
-            in `summary().cost`, beside `max_overhead`, not within it. An overflow that a GradScaler skips is none of
-            it. Under torch.distributed all ranks decide together, by one small all-reduce an update.
+            `observe` is not told the loss, and the first time; three where what it is told does not settle it): where
+            the present loss is 1.5 times that, margin and cap are cut. All of that is in `summary().cost`, beside
+            `max_overhead`, not within it. An overflow that a GradScaler skips is none of it. Under torch.distributed
+            all ranks decide together, by one small all-reduce an update.
         rewind_device: Where the snapshot lies ("cpu"); None for where the parameters do.
         process_group: Whose ranks decide together about going back; None for torch.distributed's default group.
         preconditioner: None for what is registered, "from-update" to infer P from the update of an optimizer that is
