@@ -39,9 +39,8 @@ _Piece = tuple[Tensor, Tensor | None]
 """The piece of a function that held: (slope, constant or None for zero), or (indices, None) for pooling."""
 
 _opened: Callable[[Tensor, Tensor, float], Tensor] = torch.ops.aten.threshold_backward
-"""(x, slope, 0) -> x where the slope is not zero, else 0: how autograd differentiates ReLU. A product with the slope
-would make NaN of an infinite x, or of an infinite derivative further on, behind a shut gate."""
-
+"""(x, slope, 0) -> x where the slope is 1, else 0: how autograd differentiates ReLU. A product with the slope would make
+NaN of an infinite x, or of an infinite derivative further on, behind a shut gate."""
 
 CHANGED = "the loss meets other kinks than it did before: its control flow depends on the parameters"
 
@@ -55,7 +54,7 @@ class Kinks(TorchFunctionMode):
 
     A function with kinks is one of its pieces, but for points on a kink:
 
-        relu(x) = slope x,    slope = 1 where x > 0 at the first evaluation, else 0
+        relu(x) = x where it was above 0 at the first evaluation, else 0
 
     There loss, gradient and Hessian are what autograd makes of the function itself, which takes its second derivative
     for zero. But the loss is smooth now: differences of its gradient tell that Hessian, where otherwise they count in

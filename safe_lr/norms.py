@@ -14,7 +14,7 @@ runs, two lrs: .6 spikes a run with 3, 1.8 with 5, some 4 without."""
 
 RISEN = 1.5
 """Where the cap holds lr back and those running means have become this many times larger than the lowest one since the
-last measurement, or cut, the run has left the stable range: the margin is cut at once, at no cost. Most spikes on the
+last measurement, or cut, and the loss was not seen to fall, the margin is cut at once, at no cost. Most spikes on the
 stream of benchmarks/spikes.py came in clusters, under limits hundreds of updates old, while norms and loss rose
 tenfold and more; by the time the budget had a measurement the cluster was over, and trial steps mostly found nothing
 wrong. Twenty seeds, lr .01 / .03: 2.1 / 3.5 spikes a run without, 1.4 / 1.8 with 2, .9 / 1.6 with 1.5, .8 / 1.4 with

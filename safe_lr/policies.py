@@ -42,7 +42,8 @@ whose loss is far above the usual one, even a long step finds room: with TRIAL_G
 those eight runs, none with it."""
 
 RISES = 2
-"""Cuts by rising gradient norms until the next measurement. What a smaller lr does not stop is no drift."""
+"""Cuts by rising gradient norms until the next measurement. What two of them do not stop is no drift: on the way off a
+plateau norms rise hundredfold, and with a cut at each rise lr fell to a hundredth of what the limit allowed."""
 
 MULTIPLE_MOST = 40.0
 """Its ceiling. Muon needs 20."""
