@@ -39,8 +39,8 @@ _Piece = tuple[Tensor, Tensor | None]
 """The piece of a function that held: (slope, constant or None for zero), or (indices, None) for pooling."""
 
 _opened: Callable[[Tensor, Tensor, float], Tensor] = torch.ops.aten.threshold_backward
-"""(x, slope, 0) -> x where the slope is 1, else 0: how autograd differentiates ReLU. A product with the slope would make
-NaN of an infinite x, or of an infinite derivative further on, behind a shut gate."""
+"""(x, slope, 0) -> x where the slope is 1, else 0: how autograd differentiates ReLU. A product with the slope would
+make NaN of an infinite x, or of an infinite derivative further on, behind a shut gate."""
 
 CHANGED = "the loss meets other kinks than it did before: its control flow depends on the parameters"
 
