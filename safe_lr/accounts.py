@@ -88,6 +88,11 @@ class State:
         if found.loss is not None:
             self.heard = [*self.heard, -found.loss if found.maximize else found.loss][-2:]
 
+    @property
+    def falling(self) -> bool:
+        """Whether the last loss that was met is below the one before."""
+        return len(self.heard) == 2 and self.heard[1] < self.heard[0]
+
     def looked(self, cost: float) -> None:
         """Adds what a look back at a snapshot cost; the budget of measurements does not pay for it."""
         self.cost += cost

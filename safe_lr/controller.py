@@ -136,19 +136,13 @@ class Controller:
         state = self.state
         if not (self._settled and state.trend.risen(state.lowest) and self.held_back(lr_ref)):
             return None
-        if state.cuts >= RISES or self._falls:
+        if state.cuts >= RISES or state.falling:
             return None
         state.cuts += 1
         lowest, state.lowest = state.lowest or 0.0, state.trend.mean
         cut = self.cut()
         seen = f"usual gradient norms have risen from {math.exp(lowest):.3g} to {math.exp(state.trend.mean):.3g}"
         return None if cut is None else f"{cut}: {seen}"
-
-    @property
-    def _falls(self) -> bool:
-        """Whether the last loss that was met is below the one before."""
-        heard = self.state.heard
-        return len(heard) == 2 and heard[1] < heard[0]
 
     def cut(self) -> str | None:
         """Cuts a learned margin and the cap since loss or gradient norms drift up; returns what that did to them, None

@@ -180,7 +180,7 @@ class Decider:
             raise
         if trouble is None:
             if rewinder.drifted is not None:
-                self._cut(rewinder.drifted, before)
+                self._record_cut(rewinder.drifted, before)
             return False
         self._not_made(trouble, before)
         return True
@@ -197,9 +197,9 @@ class Decider:
         before, told = self.rates.applied[self.rates.reference], self.controller.heed_norms(self.rates.wanted)
         if told is not None:
             self.rates.apply(self.state.cap)
-            self._cut(told, before)
+            self._record_cut(told, before)
 
-    def _cut(self, told: str, before: float) -> None:
+    def _record_cut(self, told: str, before: float) -> None:
         """Records a cut that no measurement asked for."""
         limit = self.state.figures.get("lr_limit", math.nan)
         found = Measurement(bound=self.instrument.settings.bound, lr_limit=limit)

@@ -118,7 +118,7 @@ class Objective:
             kinks = [Kinks() for _ in self.closures]
             since = graph_time()
             loss = self._again(self.closures[0], kinks[0])()
-            if smooth(loss, since) and self._differences_pay(loss):
+            if smooth(loss, since) and self._cheaper_by_differences(loss):
                 exact = self._to_check_by(params, hvp, loss) if verify else None
                 return self._by_differences(params, one_sided=True, loss=loss, exact=exact, kinks=kinks)
         if differences and not verify:
@@ -126,7 +126,7 @@ class Objective:
             loss = None  # attention may have run on a kernel without a second derivative
         return self._twice(params, hvp, loss)
 
-    def _differences_pay(self, loss: Tensor) -> bool:
+    def _cheaper_by_differences(self, loss: Tensor) -> bool:
         """Whether they are cheaper than exact products; than lean ones, of several closures, they always are."""
         return len(self.closures) > 1 or size(loss) >= DIFFERENCES_SIZE or slow_to_differentiate_twice(loss)
 
