@@ -31,6 +31,7 @@ from safe_lr.policies import (
     Policy,
     Trial,
     affordable,
+    annealed,
     judged,
     learned_growth,
     learned_multiple,
@@ -107,10 +108,10 @@ class Controller:
         """
         state = self.state
         used = min(wanted, math.inf if state.cap is None else state.cap)
-        unit = state.share * state.figures.get("lr_limit", math.nan)
+        unit = self.share * state.figures.get("lr_limit", math.nan)
         known = math.isfinite(used) and unit > 0
         multiple = learned_multiple(
-            state.multiple, "bad", used=used / unit if known else state.multiple, least=MARGIN_MIN / state.share
+            state.multiple, "bad", used=used / unit if known else state.multiple, least=MARGIN_MIN / self.share
         )
         self.state = earlier = state.gone_back(saved)
         earlier.multiple = min(earlier.multiple, multiple) if self.policy.learns else earlier.multiple
@@ -156,7 +157,7 @@ class Controller:
         if not state.cap:
             return None
         limit = state.figures["lr_limit"]
-        unit = state.share * limit
+        unit = self.share * limit
         multiple = learned_multiple(state.multiple, "bad", used=state.cap / unit, least=MULTIPLE_DRIFT)
         margin = self._margin_at(multiple)
         cap = min(state.cap, max(state.cap / STEP, MULTIPLE_DRIFT * unit), margin * limit)
@@ -300,6 +301,15 @@ class Controller:
         longer = lengths.get(self.state.trial or "") if self.policy.learns else None
         return None if self.state.cap is None else pressure(lr_ref, self.state.cap, longer=longer)
 
+    @property
+    def share(self) -> float:
+        """The noise limit as a part of lr_limit at the coming step, annealed by now."""
+        return self.state.share * (1.0 if self.searched else annealed(self.state.updates))
+
+    def age(self) -> None:
+        """Takes the run's length into the margin; to be called before each update is decided on."""
+        self._set_margin()
+
     def follows(self, *, turned: bool) -> bool:
         """Whether c of the coming step is to be looked at; `turned` where someone has moved a decay."""
         state = self.state
@@ -340,7 +350,7 @@ class Controller:
         self.state.margin = self._margin_at(self.state.multiple)
 
     def _margin_at(self, multiple: float) -> float:
-        return self.policy.margin_at(multiple, self.state.share, young=self.young and self.tolerance <= 1)
+        return self.policy.margin_at(multiple, self.share, young=self.young and self.tolerance <= 1)
 
     def _flip(self) -> float:
         """The largest c of the parameters that move, where the limit counts it."""
@@ -427,7 +437,7 @@ class Controller:
             trial = "fine"  # so it looked before the step that did harm, too
         if not self.young:
             state.course.tried(found.trial_lr / planned, failed=found.trial_failed is True)
-        again, unit = state.trial in FAILED, state.share * found.lr_limit
+        again, unit = state.trial in FAILED, self.share * found.lr_limit
         state.trial = trial
         searched = found.trial_lr / unit if self.young and not found.trial_failed else None
         state.multiple = learned_multiple(
@@ -437,6 +447,7 @@ class Controller:
             again=again,
             least=None if jump is None else MARGIN_MIN / state.share,
             found=searched,
+            updates=state.updates,
         )
         self._set_margin()
         if state.margin == old:

@@ -106,6 +106,7 @@ class Decider:
         size = self.ensemble.gradient_norm()
         if size is None:
             return  # no gradients: nothing moves
+        control.age()
         if self.rewinder is not None and self._refused(self.rewinder, size, loss, observed):
             return
         early = self._outdated()

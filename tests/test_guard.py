@@ -648,10 +648,11 @@ def test_every_change_of_the_learned_margin_is_a_decision(case: Case, margin_max
     for step in range(40):
         net.step()
         now, margin = state.multiple, net.guard.summary().margin
+        moved_now = not math.isclose(now, last, rel_tol=1e-12)  # read back from an lr it may differ in the last digit
         told = [d for d in net.guard.history if d.step == step and d.action == "margin"]
-        assert len(told) <= (now != last) and all("margin" in d.reason for d in told)
+        assert len(told) <= moved_now and all("margin" in d.reason for d in told)
         most = min(margin_max, MARGIN_YOUNG) if step < FREE_UPDATES and state.share <= 1 else margin_max
-        assert len(told) == (now != last) or margin == most
+        assert len(told) == moved_now or margin == most
         assert 0 < margin == min(most, now * state.share)
         assert all(d.beyond_linear_limit == (d.margin > 1) for d in told)
         last, moved = now, moved + len(told)
