@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 from safe_lr.accounts import State
 from safe_lr.decisions import Action
 from safe_lr.measurement import Measurement
 from safe_lr.policies import (
-    CALM_UPDATES,
     FAILED,
     FOLLOW_EACH,
     FOLLOW_EVERY,
@@ -19,12 +17,9 @@ from safe_lr.policies import (
     MARGIN_MIN,
     MARGIN_SEARCHED,
     MATURE,
-    MULTIPLE_DRIFT,
     MULTIPLE_START,
-    RISES,
     ROOM,
     SETTLED,
-    STEP,
     TRIAL_GAP,
     TRIAL_PART,
     VOTES,
@@ -95,79 +90,11 @@ class Controller:
     def restore(self, state: State) -> None:
         """Goes on from a saved state, under the present policy."""
         self.state = state
-        self._set_margin()
-
-    def go_back(self, saved: dict[str, Any], wanted: float) -> None:
-        """Goes on from an earlier state, with a multiple and a cap below those of the step that did harm.
-
-        For a routine gap (at least TRIAL_GAP updates) trial steps with room do not raise the multiple again.
-
-        Args:
-            saved: That state's `state_dict()`.
-            wanted: The lr that is wanted now; infinite where lr follows the cap.
-        """
-        state = self.state
-        used = min(wanted, math.inf if state.cap is None else state.cap)
-        unit = self.share * state.figures.get("lr_limit", math.nan)
-        known = math.isfinite(used) and unit > 0
-        multiple = learned_multiple(
-            state.multiple, "bad", used=used / unit if known else state.multiple, least=MARGIN_MIN / self.share
-        )
-        self.state = earlier = state.gone_back(saved)
-        earlier.multiple = min(earlier.multiple, multiple) if self.policy.learns else earlier.multiple
-        self._set_margin()
-        if earlier.cap is not None and used > 0:  # at an lr of 0 an earlier step did the harm; from 0 no cap rises
-            earlier.cap = min(earlier.cap, used / STEP)
-        self._keep_calm(max(TRIAL_GAP, self.state.gap))
-
-    def _keep_calm(self, updates: int) -> None:
-        """For so many updates trial steps with room do not raise the multiple."""
-        self.state.calm_until = max(self.state.calm_until, self.state.updates + updates)
+        self.age()
 
     def held_back(self, lr_ref: float) -> bool:
         """Whether a cap under a learned margin is what holds lr back."""
         return self.policy.learns and self.state.cap is not None and lr_ref > self.state.cap
-
-    def heed_norms(self, lr_ref: float) -> str | None:
-        """Cuts margin and cap where gradient norms have risen while the cap holds lr back, and the loss was not seen to
-        fall; returns what was done, and why, None if nothing.
-
-        From there they count anew: a further rise cuts again, RISES times at most until the next measurement.
-        """
-        state = self.state
-        if not (self._settled and state.trend.risen(state.lowest) and self.held_back(lr_ref)):
-            return None
-        if state.cuts >= RISES or state.falling:
-            return None
-        state.cuts += 1
-        lowest, state.lowest = state.lowest or 0.0, state.trend.mean
-        cut = self.cut()
-        seen = f"usual gradient norms have risen from {math.exp(lowest):.3g} to {math.exp(state.trend.mean):.3g}"
-        return None if cut is None else f"{cut}: {seen}"
-
-    def cut(self) -> str | None:
-        """Cuts a learned margin and the cap since loss or gradient norms drift up; returns what that did to them, None
-        if nothing.
-
-        From what was used, as after a rewind, but to no less than MULTIPLE_DRIFT allows; and trial steps with room do
-        not raise the multiple for CALM_UPDATES, also where nothing was left to cut: as the loss drifts up they are
-        wrong.
-        """
-        state = self.state
-        if not state.cap:
-            return None
-        limit = state.figures["lr_limit"]
-        unit = self.share * limit
-        multiple = learned_multiple(state.multiple, "bad", used=state.cap / unit, least=MULTIPLE_DRIFT)
-        margin = self._margin_at(multiple)
-        cap = min(state.cap, max(state.cap / STEP, MULTIPLE_DRIFT * unit), margin * limit)
-        moves = {"margin": (state.margin, margin), "cap": (state.cap, cap)}
-        told = [f"{name} {old:.3g} -> {new:.3g}" for name, (old, new) in moves.items() if new < old]
-        self._keep_calm(CALM_UPDATES)
-        if not told:
-            return None
-        state.multiple, state.margin, state.cap = multiple, margin, cap
-        return ", ".join(told)
 
     # ---- when
 
@@ -191,10 +118,10 @@ class Controller:
     @property
     def wandered(self) -> bool:
         """Whether gradient norms, which P follows, have changed so much that a new measurement is due."""
-        return self._settled and self.state.trend.wandered(self.state.usual)
+        return self.settled and self.state.trend.wandered(self.state.usual)
 
     @property
-    def _settled(self) -> bool:
+    def settled(self) -> bool:
         """Whether gradient norms, where P follows them, can be compared with those at the last measurement."""
         late = self.state.updates >= self.state.measured_at + TRIAL_GAP
         return self.follows_gradients and late and not self.young
@@ -307,8 +234,9 @@ class Controller:
         return self.state.share * (1.0 if self.searched else annealed(self.state.updates))
 
     def age(self) -> None:
-        """Takes the run's length into the margin; to be called before each update is decided on."""
-        self._set_margin()
+        """Sets the margin anew: where it is learned it falls with the run's length. To be called before each update is
+        decided on."""
+        self.state.margin = self.margin_at(self.state.multiple)
 
     def follows(self, *, turned: bool) -> bool:
         """Whether c of the coming step is to be looked at; `turned` where someone has moved a decay."""
@@ -344,12 +272,10 @@ class Controller:
             self.state.share = MARGIN_SEARCHED / MULTIPLE_START
         elif share is not None:
             self.state.share = self.tolerance * share
-        self._set_margin()
+        self.age()
 
-    def _set_margin(self) -> None:
-        self.state.margin = self._margin_at(self.state.multiple)
-
-    def _margin_at(self, multiple: float) -> float:
+    def margin_at(self, multiple: float) -> float:
+        """Returns the margin that a multiple of the noise limit would be at the coming step."""
         return self.policy.margin_at(multiple, self.share, young=self.young and self.tolerance <= 1)
 
     def _flip(self) -> float:
@@ -449,7 +375,7 @@ class Controller:
             found=searched,
             updates=state.updates,
         )
-        self._set_margin()
+        self.age()
         if state.margin == old:
             return trial, None
         why = f"a trial step (lr {found.trial_lr:.3g}) would move the batch's loss from {found.loss:.4g} to "

@@ -14,6 +14,7 @@ from safe_lr import processes
 from safe_lr.accounts import State
 from safe_lr.closures import Closure
 from safe_lr.controller import Controller
+from safe_lr.cuts import heed_norms
 from safe_lr.decisions import Action, Decision
 from safe_lr.ensemble import Ensemble
 from safe_lr.hooks import warn_user
@@ -195,7 +196,7 @@ class Decider:
         """Cuts margin and cap, with no measurement, where gradient norms have risen while the cap holds lr back."""
         if processes.count() > 1:
             return  # ranks whose gradient norms differ would cut at different updates
-        before, told = self.rates.applied[self.rates.reference], self.controller.heed_norms(self.rates.wanted)
+        before, told = self.rates.applied[self.rates.reference], heed_norms(self.controller, self.rates.wanted)
         if told is not None:
             self.rates.apply(self.state.cap)
             self._record_cut(told, before)

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from safe_lr import processes
 from safe_lr.closures import Closure, Untouched, leave_no_trace, modules_in
 from safe_lr.controller import Controller
+from safe_lr.cuts import cut, go_back
 from safe_lr.drift import Drift, Seen
 from safe_lr.ensemble import Ensemble
 from safe_lr.norms import ALARM_AFTER
@@ -190,9 +191,9 @@ class Rewinder:
         seen = self._look_back(loss, closures, control)
         if seen is None or not self._drift.seen_in(seen, self._losses):
             return
-        cut, (now, then) = control.cut(), (self._sign() * each for each in seen)
-        if cut is not None:
-            self.drifted = f"{cut}: the batch's loss is {now:.4g}, under the last snapshot it is {then:.4g}"
+        done, (now, then) = cut(control), (self._sign() * each for each in seen)
+        if done is not None:
+            self.drifted = f"{done}: the batch's loss is {now:.4g}, under the last snapshot it is {then:.4g}"
 
     def _look_back(self, told: float | None, closures: Sequence[Closure] | None, control: Controller) -> Seen | None:
         """The batch's losses under both parameters, the present one as it was told where that can be believed."""
@@ -227,7 +228,7 @@ class Rewinder:
         tried = sum(t.action == "rewind" for t in self.tries)
         wanted = rates.wanted
         self._restore(rates, random_streams=tried == 0)
-        control.go_back(self._beside.state, wanted)
+        go_back(control, self._beside.state, wanted)
         self._healthy_at = updates + (updates - self._at) + EVERY
         self._watching = False
         told = self._tell(replace(seen, margin=control.state.margin, cap=control.state.cap))

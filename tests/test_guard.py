@@ -23,6 +23,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 
 from safe_lr import CoherenceGuard, CoherenceScheduler, Decision
 from safe_lr.controller import Controller
+from safe_lr.cuts import heed_norms
 from safe_lr.ensemble import Ensemble
 from safe_lr.measurement import Measurement
 from safe_lr.norms import NormTrend
@@ -217,7 +218,7 @@ def _risen(**figures: Any) -> Controller:
 
 def test_a_cut_keeps_calm_for_a_while_that_no_gap_lengthens() -> None:
     control = _risen(gap=2187)
-    assert control.heed_norms(10.0) is not None
+    assert heed_norms(control, 10.0) is not None
     assert control.state.calm_until == 100 + CALM_UPDATES
 
 
@@ -225,7 +226,7 @@ def test_a_third_rise_waits_for_a_measurement() -> None:
     control = _risen()
     state, mean = control.state, math.log(1.6)
     for cut in (True, True, False, False):
-        assert (control.heed_norms(10.0) is not None) == cut
+        assert (heed_norms(control, 10.0) is not None) == cut
         mean += math.log(1.6)
         state.trend = replace(state.trend, mean=mean)
     state.keep(Measurement(bound="momentum", lr_limit=1.0))
@@ -242,7 +243,7 @@ def test_norms_that_rise_while_the_loss_falls_cut_nothing(heard: list[float], ma
     control = _risen()
     for loss in heard:
         control.state.hear(Measurement(bound="momentum", loss=loss, maximize=maximize))
-    assert (control.heed_norms(10.0) is not None) == cut
+    assert (heed_norms(control, 10.0) is not None) == cut
 
 
 def test_a_run_leaves_a_plateau_as_fast_as_without_the_cut() -> None:
@@ -272,15 +273,15 @@ def test_each_further_rise_cuts_again_and_is_counted_from_the_cut() -> None:
     control = _risen(gap=40)
     state = control.state
     for told in ("margin 1.5 -> 1, cap 1.5 -> 1: usual gradient norms have risen from 1 to 1.6", None):
-        assert control.heed_norms(10.0) == told
+        assert heed_norms(control, 10.0) == told
     assert state.calm_until == 100 + CALM_UPDATES  # trial steps with room do not raise it again for a while
     state.trend = replace(state.trend, mean=math.log(2.5))
-    assert control.heed_norms(1.0) is None and state.cap == 1.0  # lr is at the cap, not held back
-    assert control.heed_norms(10.0) == (
+    assert heed_norms(control, 1.0) is None and state.cap == 1.0  # lr is at the cap, not held back
+    assert heed_norms(control, 10.0) == (
         "margin 1 -> 0.667, cap 1 -> 0.667: usual gradient norms have risen from 1.6 to 2.5"
     )
     state.trend, state.measured_at = replace(state.trend, mean=math.log(25.0)), 81
-    assert control.heed_norms(10.0) is None  # fewer than twenty updates after a measurement
+    assert heed_norms(control, 10.0) is None  # fewer than twenty updates after a measurement
 
 
 def test_a_rise_is_counted_from_the_lowest_level_not_from_the_one_at_the_measurement() -> None:

@@ -29,6 +29,7 @@ ORDER = (
     "rewinder",
     "tuner",
     "instrument",
+    "cuts",
     "controller",
     "accounts",
     "rates",

@@ -13,6 +13,8 @@ from safe_lr.controller import Controller
 from safe_lr.measurement import Measurement
 from safe_lr.norms import NormTrend
 from safe_lr.policies import (
+    ANNEALED_FROM,
+    ANNEALING,
     CATCH_UP,
     FREE_UPDATES,
     HALVINGS,
@@ -25,6 +27,7 @@ from safe_lr.policies import (
     MULTIPLE_MOST,
     MULTIPLE_START,
     ROOM,
+    SLOWED_FROM,
     STEP,
     TRIAL_GAP,
     TRIAL_PART,
@@ -32,6 +35,7 @@ from safe_lr.policies import (
     Policy,
     Trial,
     affordable,
+    annealed,
     judged,
     learned_growth,
     learned_multiple,
@@ -359,3 +363,88 @@ def test_a_searched_limit_has_no_margin_beyond() -> None:
     made.starts([UpdateRule()])
     assert made.state.margin == made.policy.margin_max == MARGIN_SEARCHED
     assert Controller(Policy(margin=1), least_cost=8.0, searched=True).state.margin == 1
+
+
+# ---- with the run's length
+
+
+def test_the_noise_limit_is_annealed_by_a_power_of_the_runs_length() -> None:
+    assert [annealed(updates) for updates in (0, 1, ANNEALED_FROM)] == [1.0, 1.0, 1.0]
+    lengths = [ANNEALED_FROM * 2**k for k in range(20)]
+    left = [annealed(length) for length in lengths]
+    assert all(b / a == pytest.approx(2**-ANNEALING, rel=1e-12) for a, b in itertools.pairwise(left))
+
+
+def updated(made: Controller, updates: int) -> float:
+    """The cap at that update, as it is decided on."""
+    made.state.updates = updates
+    made.age()
+    made.state.cap = made.cap_under(made.state.figures["lr_limit"])
+    return made.state.cap
+
+
+@pytest.mark.parametrize(
+    ("policy", "options", "ratio"),
+    [
+        (Policy(), {}, 0.5),
+        (Policy(follow_limit=True), {}, 0.5),
+        (Policy(margin_max=1.0), {}, 1.0),  # 2 is cut to 1 at first, and half of 2 still is
+        (Policy(margin_max=1.5), {}, 1 / 1.5),
+        (Policy(margin=0.7), {}, 1.0),  # a number is kept strictly
+        (Policy(), {"searched": True}, 1.0),  # that limit is of the coming step alone, whatever gamma follows
+    ],
+)
+def test_a_learned_margin_is_annealed_between_measurements(
+    policy: Policy, options: dict[str, Any], ratio: float
+) -> None:
+    made = Controller(policy, least_cost=8.0, **options)
+    made.starts([UpdateRule()])
+    made.state.updates = 100
+    made.age()
+    made.settle(Measurement(lr_limit=1.0), lr_ref=100.0, jump=None)
+    first, multiple = updated(made, 100), made.state.multiple
+    assert updated(made, 1_600) == pytest.approx(ratio * first, rel=1e-12)
+    assert made.state.cap == pytest.approx(made.state.margin) and made.state.multiple == multiple
+    again = Controller(policy, least_cost=8.0, **options)
+    again.restore(made.state)  # a resumed run goes on as annealed as it was
+    assert updated(again, 1_600) == pytest.approx(ratio * first, rel=1e-12)
+
+
+def test_a_failed_trial_late_in_a_run_cuts_from_what_was_used() -> None:
+    """The multiple is in units of the annealed noise limit: annealing does not count twice."""
+    made = Controller(Policy(), least_cost=8.0)
+    made.starts([UpdateRule()])
+    made.state.multiple, made.state.updates = 4.5, 1_600
+    made.age()
+    made.state.cap, made.state.figures["lr_limit"] = 2.25, 1.0
+    tried = Measurement(lr_limit=1.0, loss=1.0, trial_lr=2.25, trial_loss=0.5)  # only the planned step is fine
+    assert made.settle_trial(tried, 100.0) is not None
+    assert made.state.multiple == pytest.approx(3.0) and made.state.margin == pytest.approx(1.5)
+
+
+def test_trial_steps_with_room_raise_the_margin_ever_more_slowly() -> None:
+    """Above where it started; what a cut took is given back in full steps."""
+    rises = [
+        learned_multiple(2.0, "roomy", used=2.0, updates=updates) for updates in (0, SLOWED_FROM, 10 * SLOWED_FROM)
+    ]
+    assert rises == [pytest.approx(2.0 * STEP**slowed) for slowed in (1.0, 1.0, 0.1)]
+    assert learned_multiple(0.5, "roomy", used=0.5, updates=10**6) == 0.5 * STEP
+    assert learned_multiple(6.0, "tight", used=6.0, updates=10**6) == pytest.approx(4.0)  # falls do not wait
+
+
+def test_room_at_every_trial_step_raises_lr_by_less_than_a_power_of_the_runs_length() -> None:
+    """What trial steps find in steady runs at any lr; in full steps it would be at MULTIPLE_MOST by update 500."""
+    made = Controller(Policy(margin_max=1e9), least_cost=8.0)
+    made.starts([UpdateRule()])
+    made.state.updates = 100
+    made.age()
+    made.settle(Measurement(lr_limit=1.0), lr_ref=math.inf, jump=None)
+    caps = {100: updated(made, 100)}
+    for updates in range(150, 12_801, 50):
+        cap = updated(made, updates)
+        tried = Measurement(lr_limit=1.0, loss=1.0, trial_loss=0.5, trial_lr=ROOM / made.policy.trial_slack * cap)
+        made.settle_trial(tried, math.inf)
+        caps[updates] = updated(made, updates)
+    for first, second in ((200, 400), (400, 1_600), (1_600, 12_800)):
+        power = math.log(caps[second] / caps[first]) / math.log(second / first)
+        assert 0 < power < 0.2

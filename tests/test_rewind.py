@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from safe_lr import CoherenceGuard, CoherenceScheduler, RewindsExhausted
 from safe_lr.accounts import State
 from safe_lr.controller import Controller
+from safe_lr.cuts import cut, go_back
 from safe_lr.drift import Drift as SeenDrift
 from safe_lr.ensemble import Ensemble
 from safe_lr.measurement import Measurement
@@ -595,18 +596,18 @@ def test_a_margin_that_drift_has_cut_stays_so_for_a_while_and_has_a_floor() -> N
     control = Controller(Policy(), least_cost=8.0)
     state = replace(control.state, updates=80, share=0.5, multiple=3.0, margin=1.5, cap=1.5, gap=40)
     control.state = replace(state, figures={"lr_limit": 1.0})
-    assert control.cut() == "margin 1.5 -> 1, cap 1.5 -> 1" and control.state.calm_until == 80 + CALM_UPDATES
+    assert cut(control) == "margin 1.5 -> 1, cap 1.5 -> 1" and control.state.calm_until == 80 + CALM_UPDATES
     for multiple in (4 / 3, 8 / 9, 16 / 27, 32 / 81, 64 / 243, 128 / 729, 256 / 2187, 0.1):
-        assert control.cut() is not None
+        assert cut(control) is not None
         assert (control.state.multiple, control.state.cap) == pytest.approx((multiple, multiple / 2))
     control.state.updates = 100
     for multiple, margin, cap in ((0.1, 0.05, 0.05), (0.05, 0.025, 0.025), (0.05, 0.025, 0.01)):
         control.state.multiple, control.state.margin, control.state.cap = multiple, margin, cap
         before = replace(control.state)
-        assert control.cut() is None  # at the floor, or cut further by trial steps
+        assert cut(control) is None  # at the floor, or cut further by trial steps
         assert control.state == replace(before, calm_until=100 + CALM_UPDATES)
     control.state.cap = None
-    assert control.cut() is None
+    assert cut(control) is None
 
 
 @pytest.mark.parametrize(
@@ -626,7 +627,7 @@ def test_drift_cuts_from_what_was_used(
     control = Controller(policy, least_cost=8.0)
     state = replace(control.state, updates=100, share=0.5, multiple=6.0, cap=cap, gap=40, figures={"lr_limit": 1.0})
     control.state = replace(state, margin=min(3.0, policy.margin_max))
-    assert control.cut() == told
+    assert cut(control) == told
     assert (control.state.multiple, control.state.cap) == pytest.approx((multiple, now))
     assert control.state.calm_until == 100 + CALM_UPDATES
     assert control.state.margin == pytest.approx(min(multiple / 2, policy.margin_max))
@@ -764,16 +765,16 @@ def test_multiple_and_cap_are_cut_below_the_step_that_did_harm(wanted: float, us
     control = Controller(Policy(), least_cost=8.0)
     state = replace(control.state, updates=20, share=0.5, multiple=2.0, cap=0.4, figures={"lr_limit": 1.0})
     control.state, earlier = state, replace(state, updates=10, multiple=3.0, margin=1.5, cap=0.6)
-    control.go_back(earlier.state_dict(), wanted)
+    go_back(control, earlier.state_dict(), wanted)
     assert control.state.multiple == pytest.approx(max(0.05 / 0.5, used / 0.5 / 1.5))
     assert control.state.margin == pytest.approx(control.state.multiple * 0.5)
     assert control.state.cap == pytest.approx(used / 1.5) and control.state.updates == 20
     control.state = replace(state, cap=None, figures={}, multiple=1.2)  # not measured yet
-    control.go_back(replace(earlier, cap=None, figures={}).state_dict(), wanted)
+    go_back(control, replace(earlier, cap=None, figures={}).state_dict(), wanted)
     assert control.state.multiple == pytest.approx(1.2 / 1.5) and control.state.cap is None
     fixed = Controller(Policy(margin=0.5), least_cost=8.0)
     fixed.state = replace(state, multiple=2.0, margin=0.5)
-    fixed.go_back(replace(earlier, margin=0.5).state_dict(), wanted)
+    go_back(fixed, replace(earlier, margin=0.5).state_dict(), wanted)
     assert (fixed.state.margin, fixed.state.cap) == (0.5, pytest.approx(used / 1.5))
 
 
@@ -782,7 +783,7 @@ def test_after_going_back_room_raises_nothing_for_a_while() -> None:
     control = Controller(Policy(), least_cost=8.0)
     state = replace(control.state, updates=100, share=0.5, multiple=3.0, margin=1.5, cap=1.5, gap=40)
     control.state = replace(state, figures={"lr_limit": 1.0}, flips=[2.0])
-    control.go_back(control.state.state_dict(), wanted=9.0)
+    go_back(control, control.state.state_dict(), wanted=9.0)
     assert control.state.multiple == pytest.approx(2.0)
 
     def measured() -> tuple[Any, float]:
@@ -802,7 +803,7 @@ def test_going_back_at_an_lr_of_zero_leaves_a_cap_that_can_rise() -> None:
     """A schedule that touches 0: an earlier step did the harm. A cap of 0 would stay 0 for good."""
     control = Controller(Policy(), least_cost=8.0)
     control.state = replace(control.state, updates=100, share=0.5, cap=0.4, figures={"lr_limit": 1.0})
-    control.go_back(control.state.state_dict(), wanted=0.0)
+    go_back(control, control.state.state_dict(), wanted=0.0)
     assert control.state.cap == 0.4 and control.state.margin == pytest.approx(2.0 / 1.5 * 0.5)
     assert control.cap_under(1.0) > 0
 
