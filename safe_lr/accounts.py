@@ -11,7 +11,7 @@ from safe_lr.decisions import Action, Decision, Summary
 from safe_lr.measurement import NOT_DETERMINISTIC, Measurement
 from safe_lr.norms import NormTrend
 from safe_lr.operators import DIFFERENCES
-from safe_lr.policies import Trial
+from safe_lr.policies import MULTIPLE_START, Trial
 
 SUMMED = 1.9
 """From this ratio of training gradient to the closure's own on, several backward passes have probably been added up."""
@@ -53,6 +53,8 @@ class State:
     hvp: str | None = None  # how the last good measurement made its products
     checked: bool = False  # whether the closure was seen to be deterministic, or not to be
     trial: Trial | None = None  # what the last trial steps found
+    tried_at: int = 0  # updates at them
+    told: float = MULTIPLE_START  # the multiple when a decision last told of it
     calm_until: int = 0  # after a rewind or a cut at a rise: updates until trial steps may raise the multiple again
     retry: int = 0  # updates until a failed measurement is tried again; 0 after a good one
     trial_at: int = 0
@@ -130,8 +132,17 @@ class State:
         self.cuts = 0
         self.figures.update({name: value for name in FIGURES if (value := getattr(found, name)) is not None})
 
-    def explain(self, found: Measurement, before: float, after: float, *, capped: bool) -> tuple[Action, str]:
-        """Returns what a measurement did to the lr of the reference group, and the sentence that says why."""
+    def explain(
+        self, found: Measurement, before: float, after: float, *, capped: bool, annealed: float = 1.0
+    ) -> tuple[Action, str]:
+        """Returns what a measurement did to the lr of the reference group, and the sentence that says why.
+
+        Args:
+            found: The measurement.
+            before, after: That lr.
+            capped: Whether it is below the desired one.
+            annealed: What the run's length has left of the margin.
+        """
         if found.failure is not None:
             held = "there is no cap yet: the desired lr is applied"
             if self.cap is not None:
@@ -139,6 +150,8 @@ class State:
             return "hold", f"{found.failure}; {held}"
         limit = "limit" if found.curvature != "trial" else "largest lr that lowers the batch's loss (no limit exists)"
         allowed = f"{self.margin:.3g} x {limit} {found.lr_limit:.3g}"
+        if annealed < 1:
+            allowed += f" (the margin annealed to {annealed:.2g} by the run's length)"
         if found.hvp in DIFFERENCES:
             allowed += f" (products by {'one-sided ' * (found.hvp == 'one-sided')}finite differences)"
         if found.note is not None:

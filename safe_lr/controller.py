@@ -20,8 +20,10 @@ from safe_lr.policies import (
     MULTIPLE_START,
     ROOM,
     SETTLED,
+    TOLD,
     TRIAL_GAP,
     TRIAL_PART,
+    UNAVERAGED,
     VOTES,
     Policy,
     Trial,
@@ -36,6 +38,7 @@ from safe_lr.policies import (
     next_retry,
     next_rung,
     next_trial_gap,
+    pace,
     rungs,
 )
 from safe_lr.rules import Rules, constants, largest_constant, smallest_rise, smallest_share
@@ -51,6 +54,7 @@ class Controller:
         least_cost: Gradient evaluations below which no measurement is worth starting.
         momentum: Whether the limit counts momentum.
         adaptive: Whether P is made of past gradients.
+        unaveraged: Then, see `Preconditioner.unaveraged`.
         follows_gradients: Whether P is made of gradients at all.
         searched: Whether the limit is found by trial steps instead of measured.
         tolerance: The optimizer's own factor on the noise limit.
@@ -75,6 +79,7 @@ class Controller:
         *,
         momentum: bool = True,
         adaptive: bool = False,
+        unaveraged: float = UNAVERAGED,
         follows_gradients: bool = False,
         searched: bool = False,
         tolerance: float = 1.0,
@@ -82,15 +87,15 @@ class Controller:
         if searched and policy.learns:
             policy = replace(policy, margin_max=min(policy.margin_max, MARGIN_SEARCHED))
         self.policy, self.least_cost = policy, least_cost
-        self.momentum, self.adaptive, self.follows_gradients = momentum, adaptive, follows_gradients
-        self.searched, self.tolerance = searched, tolerance
+        self.momentum, self.adaptive, self.unaveraged = momentum, adaptive, unaveraged
+        self.follows_gradients, self.searched, self.tolerance = follows_gradients, searched, tolerance
         margin = policy.margin_at(MULTIPLE_START, 1.0, young=True)
         self.state = State(MULTIPLE_START, margin, expected_cost=least_cost)
 
     def restore(self, state: State) -> None:
         """Goes on from a saved state, under the present policy."""
         self.state = state
-        self.age()
+        self.anneal()
 
     def held_back(self, lr_ref: float) -> bool:
         """Whether a cap under a learned margin is what holds lr back."""
@@ -229,11 +234,16 @@ class Controller:
         return None if self.state.cap is None else pressure(lr_ref, self.state.cap, longer=longer)
 
     @property
-    def share(self) -> float:
-        """The noise limit as a part of lr_limit at the coming step, annealed by now."""
-        return self.state.share * (1.0 if self.searched else annealed(self.state.updates))
+    def annealed(self) -> float:
+        """What is left of the noise limit, where the margin is learned from it."""
+        return 1.0 if self.searched or not self.policy.learns else annealed(self.state.updates)
 
-    def age(self) -> None:
+    @property
+    def annealed_share(self) -> float:
+        """The noise limit as a part of lr_limit at the coming step, of which the margin is a multiple."""
+        return self.annealed * self.state.share
+
+    def anneal(self) -> None:
         """Sets the margin anew: where it is learned it falls with the run's length. To be called before each update is
         decided on."""
         self.state.margin = self.margin_at(self.state.multiple)
@@ -267,16 +277,16 @@ class Controller:
 
     def _share(self, rules: Rules) -> None:
         """Sets the noise limit's part of lr_limit, and with it the margin."""
-        share = smallest_share(rules, momentum=self.momentum, adaptive=self.adaptive)
+        share = smallest_share(rules, momentum=self.momentum, adaptive=self.adaptive, unaveraged=self.unaveraged)
         if self.searched:
             self.state.share = MARGIN_SEARCHED / MULTIPLE_START
         elif share is not None:
             self.state.share = self.tolerance * share
-        self.age()
+        self.anneal()
 
     def margin_at(self, multiple: float) -> float:
         """Returns the margin that a multiple of the noise limit would be at the coming step."""
-        return self.policy.margin_at(multiple, self.share, young=self.young and self.tolerance <= 1)
+        return self.policy.margin_at(multiple, self.annealed_share, young=self.young and self.tolerance <= 1)
 
     def _flip(self) -> float:
         """The largest c of the parameters that move, where the limit counts it."""
@@ -353,8 +363,11 @@ class Controller:
     def _learn(
         self, found: Measurement, lr_ref: float, jump: str | None, shape: float, *, still: bool = False
     ) -> tuple[Trial | None, str | None]:
-        """Moves the multiple by what trial steps found; `still`: not upwards, since it is the limit that is to rise."""
-        state, old = self.state, self.state.margin
+        """Moves the multiple by what trial steps found; `still`: not upwards, since it is the limit that is to rise.
+
+        A margin that already is at its ceiling raises it no further. Small moves are told once they add up.
+        """
+        state, old = self.state, self.margin_at(self.state.told)
         planned = self.planned(found.lr_limit, lr_ref, shape)
         trial = self._verdict(found, planned)
         if trial is None or found.trial_lr is None or not self.policy.learns:
@@ -363,8 +376,9 @@ class Controller:
             trial = "fine"  # so it looked before the step that did harm, too
         if not self.young:
             state.course.tried(found.trial_lr / planned, failed=found.trial_failed is True)
-        again, unit = state.trial in FAILED, self.share * found.lr_limit
+        again, unit = state.trial in FAILED, self.annealed_share * found.lr_limit
         state.trial = trial
+        still = still or state.multiple * self.annealed_share >= self.policy.margin_max
         searched = found.trial_lr / unit if self.young and not found.trial_failed else None
         state.multiple = learned_multiple(
             state.multiple,
@@ -373,11 +387,13 @@ class Controller:
             again=again,
             least=None if jump is None else MARGIN_MIN / state.share,
             found=searched,
-            updates=state.updates,
+            step=pace(state.updates, state.tried_at),
         )
-        self.age()
-        if state.margin == old:
+        state.tried_at = state.updates
+        self.anneal()
+        if abs(math.log(state.margin / old)) < math.log(TOLD):
             return trial, None
+        state.told = state.multiple
         why = f"a trial step (lr {found.trial_lr:.3g}) would move the batch's loss from {found.loss:.4g} to "
         why += f"{found.trial_loss:.4g}"
         if trial == "roomy":

@@ -29,13 +29,14 @@ def go_back(control: Controller, saved: dict[str, Any], wanted: float) -> None:
     """
     state = control.state
     used = min(wanted, math.inf if state.cap is None else state.cap)
-    unit = control.share * state.figures.get("lr_limit", math.nan)
+    unit = control.annealed_share * state.figures.get("lr_limit", math.nan)
     known = math.isfinite(used) and unit > 0
     multiple = learned_multiple(
-        state.multiple, "bad", used=used / unit if known else state.multiple, least=MARGIN_MIN / control.share
+        state.multiple, "bad", used=used / unit if known else state.multiple, least=MARGIN_MIN / state.share
     )
     earlier = state.gone_back(saved)
     earlier.multiple = min(earlier.multiple, multiple) if control.policy.learns else earlier.multiple
+    earlier.told = earlier.multiple
     control.restore(earlier)
     if earlier.cap is not None and used > 0:  # at an lr of 0 an earlier step did the harm; from 0 no cap rises
         earlier.cap = min(earlier.cap, used / STEP)
@@ -84,7 +85,7 @@ def cut(control: Controller) -> str | None:
     if not state.cap:
         return None
     limit = state.figures["lr_limit"]
-    unit = control.share * limit
+    unit = control.annealed_share * limit
     multiple = learned_multiple(state.multiple, "bad", used=state.cap / unit, least=MULTIPLE_DRIFT)
     margin = control.margin_at(multiple)
     cap = min(state.cap, max(state.cap / STEP, MULTIPLE_DRIFT * unit), margin * limit)
@@ -93,7 +94,7 @@ def cut(control: Controller) -> str | None:
     _keep_calm(control, CALM_UPDATES)
     if not told:
         return None
-    state.multiple, state.margin, state.cap = multiple, margin, cap
+    state.multiple, state.told, state.margin, state.cap = multiple, multiple, margin, cap
     return ", ".join(told)
 
 

@@ -107,7 +107,7 @@ class Decider:
         size = self.ensemble.gradient_norm()
         if size is None:
             return  # no gradients: nothing moves
-        control.age()
+        control.anneal()
         if self.rewinder is not None and self._refused(self.rewinder, size, loss, observed):
             return
         early = self._outdated()
@@ -219,7 +219,7 @@ class Decider:
         state = self.state
         if state.cap is None or not self.controller.can_try:
             return False
-        found = self._tried(closures, state.cap, 1.0)
+        found = self._tried(closures, min(state.cap, self.controller.cap_under(state.figures["lr_limit"])), 1.0)
         state.count(found)
         return self.controller.harmless(found)
 
@@ -313,7 +313,10 @@ class Decider:
             state.worst_utilisation = max(after / found.lr_limit, state.worst_utilisation or 0.0)
         if moved is not None:
             self._record("margin", moved, replace(found, num_matvecs=0, cost=0.0, seconds=0.0), after, after)
-        self._record(*state.explain(found, before, after, capped=self.rates.capped), found, before, after)
+        self._record(*self._explained(found, before, after), found, before, after)
+
+    def _explained(self, found: Measurement, before: float, after: float) -> tuple[Action, str]:
+        return self.state.explain(found, before, after, capped=self.rates.capped, annealed=self.controller.annealed)
 
     def _tune(self, found: Measurement, *, usual: bool) -> None:
         """After a measurement, `usual` unless something looked wrong or the last one was of another time: moves betas.

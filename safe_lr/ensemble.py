@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from safe_lr.policies import UNAVERAGED
 from safe_lr.preconditioners import FromUpdate, Preconditioner, decays, preconditioner_of, refused
 from safe_lr.stability import UpdateRule
 
@@ -90,6 +91,11 @@ class Ensemble:
     def tolerance(self) -> float:
         """The largest factor of a member's on the noise limit: see `Preconditioner.tolerance`."""
         return max(model.tolerance for model in self.models)
+
+    @property
+    def unaveraged(self) -> float:
+        """The smallest `Preconditioner.unaveraged` of the members whose P is made of past gradients."""
+        return min((model.unaveraged for model in self.models if model.second_moments), default=UNAVERAGED)
 
     @property
     def adaptive(self) -> bool:

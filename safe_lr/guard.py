@@ -134,6 +134,7 @@ class CoherenceGuard:
             self.settings.least_cost,
             momentum=bound == "momentum",
             adaptive=self.ensemble.adaptive,
+            unaveraged=self.ensemble.unaveraged,
             follows_gradients=self.ensemble.follows_gradients,
             searched="trial" in self.ensemble.kinds,
             tolerance=self.ensemble.tolerance,

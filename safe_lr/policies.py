@@ -50,8 +50,8 @@ MULTIPLE_MOST = 40.0
 
 UNAVERAGED = 3.0
 """The noise limit is this many times higher where P is made of gradients and the fresh gradient moves the parameters
-itself (RMSprop, Adagrad, NAdam): a gamma measured on a training batch is 2-4 times that of a large one there. Times 2/3
-for RMSprop and 3/2 for Adagrad (`Preconditioner.tolerance`)."""
+itself (RMSprop, Adagrad, NAdam): a gamma measured on a training batch is 2-4 times that of a large one there. RMSprop
+and Adagrad have their own (`Preconditioner.unaveraged`)."""
 
 MARGIN_YOUNG = 1.0
 """The learned margin's ceiling while the run is young, but for unaveraged steps and Muon's. Before momentum has built
@@ -93,19 +93,21 @@ CATCH_UP = 5
 STEP = 1.5
 """Factor by which the multiple rises or falls after a trial."""
 
-SLOWED_FROM = 50
-"""Updates from which on the multiple rises by less than STEP above where it started: by STEP^(SLOWED_FROM / updates),
-as steps of a stochastic approximation shrink (Robbins and Monro 1951). In steady runs trial steps find room at any lr
-(ROOM), and in full steps lr goes on rising: after 1,000 updates a ResNet's was 8 times the tuned one, a GPT's 4 times.
-Seven rows, 1,000 updates, 100 times the lr, two seeds: 4.2 % behind in the mean without, 1.6 % where falls slow down
-too."""
+TOLD = 1.05
+"""A margin that trial steps have moved by this factor since it was last told of is a decision."""
 
-ANNEALED_FROM, ANNEALING = 100, 0.25
-"""Updates from which on the noise limit is annealed, by this power of the run's length. A constant lr that is right for
-so many updates leaves noise that a smaller one averages out, and how long the run will be is not known. At 100 times
-the lr, with SLOWED_FROM, fifteen rows are .3 % behind in the mean (six seeds, 300 updates) and seven rows .4 % (three
-seeds, 1,000 updates), 2.2 and 4.2 % with neither; at .35 0 and .3 %. From 50 on some rows lose 2 to 4 %, and .5 loses 9
-to 14 % on single runs of 1,000 updates."""
+SETTLED_FROM = 100
+"""Updates from which on a run counts as settled: above where it started the multiple moves by no more per trial than
+the run has grown longer since the last one (`pace`), and the noise limit is annealed. In steady runs trial steps find
+room at any lr (ROOM), and in full steps lr goes on rising: after 1,000 updates a ResNet's was 8 times the tuned one, a
+GPT's 4 times."""
+
+ANNEALING, ANNEALED_TO = 0.25, 0.5
+"""From then on the noise limit is annealed by this power of the run's length, to this part of it at most. A constant lr
+that is right for so many updates leaves noise that a smaller one averages out, and how long the run will be is not
+known. A power of .35 does as much good; .5 loses 9 to 14 % on single runs of 1,000 updates, and from update 50 on some
+rows lose 2 to 4 %. No further than to a half, since nothing was measured beyond 1,000 updates, and lr that falls lets
+gamma rise: an lr of half the cap is never annealed."""
 
 FREE_UPDATES = 13
 """Updates in which the cap follows each measurement freely, those at 0, 3 and 12 (GAP_FACTOR): until then the limit of
@@ -215,10 +217,10 @@ class Policy:
         return min(multiple * share, self.margin_max, MARGIN_YOUNG if young and share <= 1 else math.inf)
 
 
-def noise_share(flip: float, gain: float, *, averaged: bool) -> float:
+def noise_share(flip: float, gain: float, *, averaged: bool, unaveraged: float = UNAVERAGED) -> float:
     """Returns the noise limit as a part of lr_limit = c / gamma.
 
-        noise limit = 2 / (gamma sqrt(gain)),    UNAVERAGED times that where steps are made of single gradients
+        noise limit = 2 / (gamma sqrt(gain)),    `unaveraged` times that where steps are made of single gradients
 
     What momentum adds to the limit holds for gradients that are the same from step to step. In a small batch's noise it
     adds nothing: there an average of weight 1 (Adam's) is stable up to 2 / gamma, and a sum of gradients (heavy ball's,
@@ -228,6 +230,7 @@ def noise_share(flip: float, gain: float, *, averaged: bool) -> float:
         flip: The update rule's constant c; 2 under the bounds that leave momentum out.
         gain: Sum of the weights of past gradients in one step.
         averaged: Whether P is free of gradients, or the step is made of averaged gradients alone.
+        unaveraged: See `Preconditioner.unaveraged`.
 
     Example:
         >>> noise_share(38.0, 1.0, averaged=True) * 38, round(noise_share(3.8, 10.0, averaged=True), 3)  # Adam, SGD
@@ -238,25 +241,43 @@ def noise_share(flip: float, gain: float, *, averaged: bool) -> float:
     References:
         "2 (1 - b) / lr" for small batches: arXiv 2604.14108 (2026). Polyak 1964.
     """
-    return (1.0 if averaged else UNAVERAGED) * 2.0 / (flip * math.sqrt(gain))
+    return (1.0 if averaged else unaveraged) * 2.0 / (flip * math.sqrt(gain))
 
 
 def annealed(updates: int) -> float:
     """Returns what is left of the noise limit after so many updates.
 
-        min(1, (ANNEALED_FROM / updates)^ANNEALING)
+        max(ANNEALED_TO, (SETTLED_FROM / updates)^ANNEALING),    1 up to SETTLED_FROM
 
     At the edge of stability gamma follows lr, so a measured limit bears out whatever lr is used; only the run's length
-    tells that noise is to be averaged out. The best constant lr falls with the length of a run likewise.
+    tells that noise is to be averaged out.
 
     Example:
-        >>> annealed(0), annealed(100), annealed(1_600), round(annealed(1_000_000), 3)
-        (1.0, 1.0, 0.5, 0.1)
+        >>> annealed(0), annealed(100), round(annealed(500), 3), annealed(1_600), annealed(1_000_000)
+        (1.0, 1.0, 0.669, 0.5, 0.5)
 
     References:
-        Robbins and Monro 1951; Bjorck et al. 2024, arXiv 2409.19913 (the best lr falls with the length of a run).
+        Bjorck et al. 2024, arXiv 2409.19913: the longer the run, the lower the best lr.
     """
-    return min(1.0, float((ANNEALED_FROM / max(1, updates)) ** ANNEALING))
+    return max(ANNEALED_TO, min(1.0, float((SETTLED_FROM / max(1, updates)) ** ANNEALING)))
+
+
+def pace(updates: int, last: int) -> float:
+    """Returns the factor by which the multiple moves after trial steps above where it started: STEP, in a settled run
+    no more than the run has grown longer since.
+
+    So it rises or falls no faster than the run's length does, however many trial steps there are, as steps of a
+    stochastic approximation shrink (Robbins and Monro 1951).
+
+    Args:
+        updates: The run's length.
+        last: What it was at the trial steps before.
+
+    Example:
+        >>> pace(50, 40), pace(1_000, 800), pace(1_000, 10)
+        (1.5, 1.25, 1.5)
+    """
+    return STEP if updates <= SETTLED_FROM else min(STEP, updates / max(1, last))
 
 
 def next_cap(cap: float | None, target: float, growth: float, *, free: bool) -> float:
@@ -352,13 +373,13 @@ def learned_multiple(
     again: bool = False,
     least: float | None = None,
     found: float | None = None,
-    updates: int = 0,
+    step: float = STEP,
 ) -> float:
     """Returns the multiple of the noise limit after trial steps.
 
-    It rises by STEP where there is room, above MULTIPLE_START by ever less (SLOWED_FROM), and falls by STEP below what
-    was planned where a trial fails; in a young run to what its search found, which is the planned step itself where
-    only the lengthened one fails.
+    It rises by `step` where there is room, from below MULTIPLE_START by STEP to there. Where only the lengthened step
+    fails it falls by `step` below what was planned, where the planned one does by STEP; in a young run to what its
+    search found, which is the planned step itself where only the lengthened one fails.
 
     Args:
         multiple: The multiple so far.
@@ -368,7 +389,7 @@ def learned_multiple(
         least: What a failed trial may cut it to, if not to MULTIPLE_LEAST ("tight"; MULTIPLE_LOW if again) or
             MULTIPLE_FAILED ("bad").
         found: In a young run, the multiple that a search found to be fine.
-        updates: The run's length so far.
+        step: See `pace`.
 
     Example:
         >>> learned_multiple(2.0, "roomy", used=2.0), learned_multiple(2.0, "fine", used=2.0)
@@ -377,17 +398,19 @@ def learned_multiple(
         (4.0, 2.0)
         >>> learned_multiple(1.5, "tight", used=1.5, again=True), learned_multiple(2.0, "bad", used=2.0, found=0.8)
         (1.0, 0.8)
-        >>> [round(learned_multiple(m, "roomy", used=m, updates=500), 3) for m in (1.0, 2.0)]
-        [1.5, 2.083]
+        >>> [learned_multiple(m, "roomy", used=m, step=1.25) for m in (1.0, 1.6, 2.0)]
+        [1.5, 2.0, 2.5]
     """
     if trial == "roomy":
-        slowed = min(1.0, SLOWED_FROM / max(1, updates)) if multiple >= MULTIPLE_START else 1.0
-        return max(multiple, min(MULTIPLE_MOST, multiple * float(STEP**slowed)))
+        if multiple < MULTIPLE_START:
+            return min(MULTIPLE_START, multiple * STEP)
+        return max(multiple, min(MULTIPLE_MOST, multiple * step))
     if trial == "fine":
         return multiple
     if least is None:
         least = MULTIPLE_FAILED if trial == "bad" else MULTIPLE_LOW if again else MULTIPLE_LEAST
-    cut = min(multiple, used if used > 0 else multiple) / STEP if found is None else found
+    fall = step if trial == "tight" and multiple > MULTIPLE_START else STEP
+    cut = min(multiple, used if used > 0 else multiple) / fall if found is None else found
     return min(multiple, max(least, cut))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from safe_lr.policies import noise_share
+from safe_lr.policies import UNAVERAGED, noise_share
 from safe_lr.stability import UpdateRule
 
 Rules = Sequence[UpdateRule | None]
@@ -50,7 +50,7 @@ def largest_constant(known: Constants) -> float:
     return max((c for c in known if c is not None and c < math.inf), default=2.0)
 
 
-def smallest_share(rules: Rules, *, momentum: bool, adaptive: bool) -> float | None:
+def smallest_share(rules: Rules, *, momentum: bool, adaptive: bool, unaveraged: float = UNAVERAGED) -> float | None:
     """Returns the noise limit's part of lr_limit (`noise_share`), the smallest over the parameters; None where none
     moves.
 
@@ -58,6 +58,7 @@ def smallest_share(rules: Rules, *, momentum: bool, adaptive: bool) -> float | N
         rules: The rules.
         momentum: Whether the limit counts momentum.
         adaptive: Whether some P is made of past gradients.
+        unaveraged: Then, see `Preconditioner.unaveraged`.
 
     Example:
         >>> plain = [UpdateRule(), None]
@@ -65,7 +66,12 @@ def smallest_share(rules: Rules, *, momentum: bool, adaptive: bool) -> float | N
         [1.0, 3.0]
     """
     shares = [
-        noise_share(rule.flip if momentum else 2.0, rule.gain, averaged=not adaptive or rule.from_gradient == 0)
+        noise_share(
+            rule.flip if momentum else 2.0,
+            rule.gain,
+            averaged=not adaptive or rule.from_gradient == 0,
+            unaveraged=unaveraged,
+        )
         for rule in rules
         if rule is not None and rule.flip < math.inf and rule.gain > 0
     ]

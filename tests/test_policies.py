@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from safe_lr.controller import Controller
+from safe_lr.cuts import cut, go_back
 from safe_lr.measurement import Measurement
 from safe_lr.norms import NormTrend
 from safe_lr.policies import (
-    ANNEALED_FROM,
+    ANNEALED_TO,
     ANNEALING,
     CATCH_UP,
     FREE_UPDATES,
@@ -27,7 +28,7 @@ from safe_lr.policies import (
     MULTIPLE_MOST,
     MULTIPLE_START,
     ROOM,
-    SLOWED_FROM,
+    SETTLED_FROM,
     STEP,
     TRIAL_GAP,
     TRIAL_PART,
@@ -45,6 +46,7 @@ from safe_lr.policies import (
     next_rung,
     next_trial_gap,
     noise_share,
+    pace,
     rungs,
 )
 from safe_lr.stability import UpdateRule
@@ -368,17 +370,17 @@ def test_a_searched_limit_has_no_margin_beyond() -> None:
 # ---- with the run's length
 
 
-def test_the_noise_limit_is_annealed_by_a_power_of_the_runs_length() -> None:
-    assert [annealed(updates) for updates in (0, 1, ANNEALED_FROM)] == [1.0, 1.0, 1.0]
-    lengths = [ANNEALED_FROM * 2**k for k in range(20)]
-    left = [annealed(length) for length in lengths]
-    assert all(b / a == pytest.approx(2**-ANNEALING, rel=1e-12) for a, b in itertools.pairwise(left))
+def test_the_noise_limit_is_annealed_by_a_power_of_the_runs_length_to_a_half() -> None:
+    assert [annealed(updates) for updates in (0, 1, SETTLED_FROM)] == [1.0, 1.0, 1.0]
+    for length in (150, 400, 1_500):
+        assert annealed(length) == pytest.approx((SETTLED_FROM / length) ** ANNEALING, rel=1e-12)
+    assert [annealed(updates) for updates in (1_600, 10**9)] == [ANNEALED_TO, ANNEALED_TO]
 
 
 def updated(made: Controller, updates: int) -> float:
     """The cap at that update, as it is decided on."""
     made.state.updates = updates
-    made.age()
+    made.anneal()
     made.state.cap = made.cap_under(made.state.figures["lr_limit"])
     return made.state.cap
 
@@ -400,7 +402,7 @@ def test_a_learned_margin_is_annealed_between_measurements(
     made = Controller(policy, least_cost=8.0, **options)
     made.starts([UpdateRule()])
     made.state.updates = 100
-    made.age()
+    made.anneal()
     made.settle(Measurement(lr_limit=1.0), lr_ref=100.0, jump=None)
     first, multiple = updated(made, 100), made.state.multiple
     assert updated(made, 1_600) == pytest.approx(ratio * first, rel=1e-12)
@@ -410,41 +412,78 @@ def test_a_learned_margin_is_annealed_between_measurements(
     assert updated(again, 1_600) == pytest.approx(ratio * first, rel=1e-12)
 
 
-def test_a_failed_trial_late_in_a_run_cuts_from_what_was_used() -> None:
-    """The multiple is in units of the annealed noise limit: annealing does not count twice."""
+def late(multiple: float, updates: int, *, share: float = 1.0, tried_at: int = 0) -> Controller:
+    """A run of that length under that multiple, whose cap is what holds lr back."""
     made = Controller(Policy(), least_cost=8.0)
-    made.starts([UpdateRule()])
-    made.state.multiple, made.state.updates = 4.5, 1_600
-    made.age()
-    made.state.cap, made.state.figures["lr_limit"] = 2.25, 1.0
-    tried = Measurement(lr_limit=1.0, loss=1.0, trial_lr=2.25, trial_loss=0.5)  # only the planned step is fine
-    assert made.settle_trial(tried, 100.0) is not None
-    assert made.state.multiple == pytest.approx(3.0) and made.state.margin == pytest.approx(1.5)
+    made.state = replace(made.state, multiple=multiple, told=multiple, updates=updates, share=share, tried_at=tried_at)
+    made.state.figures["lr_limit"], made.state.measured_limit, made.state.flips = 1.0, 1.0, [2.0]
+    made.anneal()
+    made.state.cap = made.state.margin
+    return made
 
 
-def test_trial_steps_with_room_raise_the_margin_ever_more_slowly() -> None:
-    """Above where it started; what a cut took is given back in full steps."""
-    rises = [
-        learned_multiple(2.0, "roomy", used=2.0, updates=updates) for updates in (0, SLOWED_FROM, 10 * SLOWED_FROM)
-    ]
-    assert rises == [pytest.approx(2.0 * STEP**slowed) for slowed in (1.0, 1.0, 0.1)]
-    assert learned_multiple(0.5, "roomy", used=0.5, updates=10**6) == 0.5 * STEP
-    assert learned_multiple(6.0, "tight", used=6.0, updates=10**6) == pytest.approx(4.0)  # falls do not wait
+@pytest.mark.parametrize("updates", [100, 2_000, 100_000])
+def test_failed_trials_and_cuts_late_in_a_run_start_from_what_was_used(updates: int) -> None:
+    """The multiple is in units of the annealed noise limit: annealing does not count twice, and lifts no floor."""
+    made = late(4.5, updates)
+    cap = made.state.cap or 0.0
+    bad = Measurement(lr_limit=1.0, loss=1.0, trial_lr=cap, trial_loss=2.0)
+    assert made.settle_trial(bad, 100.0) is not None
+    assert made.state.multiple == pytest.approx(3.0) and made.state.cap == pytest.approx(cap / STEP)
+    made = late(2.0, updates, share=1 / 19)  # a settled Adam
+    cap = made.state.cap or 0.0
+    go_back(made, made.state.state_dict(), 100.0)
+    assert made.state.multiple == pytest.approx(2.0 / STEP) and made.state.cap == pytest.approx(cap / STEP)
+    made = late(2.0, updates, share=1 / 19)
+    assert cut(made) is not None
+    assert made.state.multiple == pytest.approx(2.0 / STEP) and made.state.cap == pytest.approx(cap / STEP)
 
 
-def test_room_at_every_trial_step_raises_lr_by_less_than_a_power_of_the_runs_length() -> None:
-    """What trial steps find in steady runs at any lr; in full steps it would be at MULTIPLE_MOST by update 500."""
-    made = Controller(Policy(margin_max=1e9), least_cost=8.0)
-    made.starts([UpdateRule()])
-    made.state.updates = 100
-    made.age()
-    made.settle(Measurement(lr_limit=1.0), lr_ref=math.inf, jump=None)
-    caps = {100: updated(made, 100)}
-    for updates in range(150, 12_801, 50):
-        cap = updated(made, updates)
-        tried = Measurement(lr_limit=1.0, loss=1.0, trial_loss=0.5, trial_lr=ROOM / made.policy.trial_slack * cap)
-        made.settle_trial(tried, math.inf)
-        caps[updates] = updated(made, updates)
-    for first, second in ((200, 400), (400, 1_600), (1_600, 12_800)):
-        power = math.log(caps[second] / caps[first]) / math.log(second / first)
-        assert 0 < power < 0.2
+def test_above_its_start_the_multiple_moves_no_faster_than_the_runs_length() -> None:
+    assert [pace(SETTLED_FROM, 99), pace(1_000, 950), pace(1_000, 0)] == [STEP, pytest.approx(1.0526, rel=1e-4), STEP]
+    slow = {"step": 1.1}
+    assert learned_multiple(3.0, "roomy", used=3.0, **slow) == pytest.approx(3.3)
+    assert learned_multiple(3.3, "tight", used=3.3, **slow) == pytest.approx(3.0)  # as slowly as it rises
+    assert learned_multiple(3.0, "bad", used=3.0, **slow) == 2.0  # what does harm is cut at once
+    assert learned_multiple(0.5, "roomy", used=0.5, **slow) == 0.75  # and given back at once
+    assert [learned_multiple(m, "roomy", used=m, **slow) for m in (1.5, 1.999)] == [2.0, 2.0]  # so far and no further
+
+
+def settled(gap: int, last: int) -> dict[int, float]:
+    """The caps of a run whose trial steps, so many updates apart, all find room."""
+    made, caps = late(2.0, 100, tried_at=100), {}
+    made.policy = replace(made.policy, margin_max=1e9)
+    for updates in range(100 + gap, last + 1, gap):
+        updated(made, updates)
+        longest = ROOM / made.policy.trial_slack * made.planned(1.0, math.inf)
+        made.settle_trial(Measurement(lr_limit=1.0, loss=1.0, trial_loss=0.5, trial_lr=longest), math.inf)
+        caps[updates] = made.state.margin
+    return caps
+
+
+def test_where_every_trial_step_finds_room_lr_rises_like_the_runs_length_however_many_there_are() -> None:
+    """As the multiple does, less annealing. In full steps it would be at MULTIPLE_MOST by update 500."""
+    runs = [settled(gap, 1_500) for gap in (20, 50, 100)]
+    assert all(run[1_500] / run[300] == pytest.approx((1_500 / 300) ** (1 - ANNEALING), rel=0.05) for run in runs)
+
+
+def test_a_margin_at_its_ceiling_raises_the_multiple_no_further() -> None:
+    """Else annealing would have to undo first what never was in force."""
+    made = late(8.0, 200, tried_at=10)
+    made.state.multiple = made.state.told = 8.1 / annealed(200)
+    made.anneal()
+    made.state.cap = 8.0
+    tried = Measurement(lr_limit=1.0, loss=1.0, trial_loss=0.5, trial_lr=64.0)
+    before = made.state.multiple
+    assert made.settle_trial(tried, math.inf) is None
+    assert (made.state.multiple, made.state.trial) == (before, "roomy")
+
+
+def test_small_moves_of_the_margin_are_told_once_they_add_up() -> None:
+    made, told = late(3.0, 10_000, tried_at=9_900), []
+    for updates in range(10_000, 12_001, 100):
+        updated(made, updates)
+        tried = Measurement(lr_limit=1.0, loss=1.0, trial_loss=0.5, trial_lr=8.0 * (made.state.cap or 0.0))
+        told += [said[1] for said in [made.settle_trial(tried, 100.0)] if said is not None]
+    assert made.state.multiple == pytest.approx(3.0 * 12_000 / 9_900)
+    assert len(told) == 3 and told[0].startswith("margin 1.5 -> 1.58: even a trial step")
