@@ -27,7 +27,17 @@ from safe_lr.cuts import heed_norms
 from safe_lr.ensemble import Ensemble
 from safe_lr.measurement import Measurement
 from safe_lr.norms import NormTrend
-from safe_lr.policies import CALM_UPDATES, FREE_UPDATES, MARGIN_MIN, MARGIN_YOUNG, MULTIPLE_START, STEP, Policy
+from safe_lr.policies import (
+    CALM_UPDATES,
+    FREE_UPDATES,
+    MARGIN_MIN,
+    MARGIN_YOUNG,
+    MULTIPLE_START,
+    SETTLED_FROM,
+    STEP,
+    Policy,
+    annealed,
+)
 from tests.cases import Case
 
 CAP = 0.25  # of a Bowl at margin .5: half of 2 / 4
@@ -660,6 +670,50 @@ def test_every_change_of_the_learned_margin_is_a_decision(case: Case, margin_max
     plain = case.make is SGD and not case.options  # its planned steps never fail here, and twice those cut nothing
     assert (state.multiple == MULTIPLE_START if plain else moved > 0) or margin_max <= 1
     assert margin_max > 1 or net.guard.summary().worst_utilisation <= margin_max * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("case", [Case(SGD), Case(Adam), Case(Adagrad)], ids=str)
+def test_at_every_update_of_a_settled_run_the_margin_is_annealed_and_measurements_say_so(case: Case) -> None:
+    net = Net(case, 30.0, credit=400)
+    state, fell = net.guard._state, 0
+    for step in range(170):
+        cap = state.cap
+        net.step()
+        told = [d for d in net.guard.history if d.step == step]
+        margin = min(8.0, state.multiple * state.share * annealed(step))
+        assert step < FREE_UPDATES or state.margin == pytest.approx(margin, rel=1e-12)
+        assert state.cap <= state.margin * state.figures["lr_limit"] * (1 + 1e-12) or state.cap <= cap
+        fell += step > SETTLED_FROM and not told and state.cap < cap
+    reasons = {d.step: d.reason for d in net.guard.history if d.num_matvecs}
+    last = max(reasons)
+    assert last > SETTLED_FROM and f"(the margin annealed to {annealed(last):.2g} by the run's length)" in reasons[last]
+    assert not any("annealed" in reason for step, reason in reasons.items() if step <= SETTLED_FROM)
+    assert fell > 0 or state.margin == 8.0
+
+
+def test_a_fixed_margin_is_never_annealed() -> None:
+    bowl = Bowl(margin=0.5).run(300)
+    assert bowl.inside[120:] == [bowl.inside[120]] * 180
+    assert not any("annealed" in d.reason for d in bowl.guard.history)
+
+
+def test_steps_of_single_gradients_beside_averaged_ones_have_the_smaller_noise_limit() -> None:
+    """What one optimizer stands is not what its neighbour does."""
+
+    def margin(*cases: Case) -> float:
+        xs = [nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in cases]
+        optimizers = [case.optimizer([x], 1.0) for case, x in zip(cases, xs, strict=True)]
+        guard = CoherenceGuard(optimizers, loggers=None)
+        sum((x**2).sum() for x in xs).backward()  # type: ignore[union-attr]
+        guard.observe(lambda: sum((x**2).sum() for x in xs))  # type: ignore[arg-type, return-value]
+        for optimizer in optimizers:
+            optimizer.step()
+        return guard._state.share
+
+    shares = [margin(Case(make)) for make in (RMSprop, Adagrad)]
+    assert shares == [pytest.approx(2.0), pytest.approx(4.5)]
+    assert margin(Case(Adagrad), Case(RMSprop)) == pytest.approx(2.0)
+    assert margin(Case(Adagrad), Case(Adam)) == margin(Case(Adam))
 
 
 # ---- several groups
