@@ -6,12 +6,21 @@ import math
 from dataclasses import replace
 
 from safe_lr.accounts import State
+from safe_lr.cadence import (
+    FOLLOW_EACH,
+    FOLLOW_EVERY,
+    SETTLED,
+    TRIAL_GAP,
+    TRIAL_PART,
+    affordable,
+    next_gap,
+    next_retry,
+    next_trial_gap,
+)
 from safe_lr.decisions import Action
 from safe_lr.measurement import Measurement
 from safe_lr.policies import (
     FAILED,
-    FOLLOW_EACH,
-    FOLLOW_EVERY,
     FREE_UPDATES,
     HALVINGS,
     MARGIN_MIN,
@@ -19,25 +28,18 @@ from safe_lr.policies import (
     MATURE,
     MULTIPLE_START,
     ROOM,
-    SETTLED,
     TOLD,
-    TRIAL_GAP,
-    TRIAL_PART,
     UNAVERAGED,
     VOTES,
     Policy,
     Trial,
-    affordable,
     annealed,
     judged,
     learned_growth,
     learned_multiple,
     median_limit,
     next_cap,
-    next_gap,
-    next_retry,
     next_rung,
-    next_trial_gap,
     pace,
     rungs,
 )
@@ -54,7 +56,7 @@ class Controller:
         least_cost: Gradient evaluations below which no measurement is worth starting.
         momentum: Whether the limit counts momentum.
         adaptive: Whether P is made of past gradients.
-        unaveraged: Then, see `Preconditioner.unaveraged`.
+        unaveraged: Then, see `Ensemble.unaveraged`.
         follows_gradients: Whether P is made of gradients at all.
         searched: Whether the limit is found by trial steps instead of measured.
         tolerance: The optimizer's own factor on the noise limit.
@@ -118,7 +120,11 @@ class Controller:
     def affordable(self, *, alarm: bool) -> float:
         """Returns the gradient evaluations that a measurement may cost now."""
         state = self.state
-        return affordable(self.policy, updates=state.updates, spent=state.cost - state.look_cost, alarm=alarm)
+        return self._left(state.cost - state.look_cost, alarm=alarm)
+
+    def _left(self, spent: float, *, alarm: bool) -> float:
+        policy, updates = self.policy, self.state.updates
+        return affordable(policy.credit, policy.max_overhead, updates=updates, spent=spent, alarm=alarm)
 
     @property
     def wandered(self) -> bool:
@@ -141,7 +147,7 @@ class Controller:
         state = self.state
         if not (self.held_back(lr_ref) and state.updates >= state.trial_at):
             return False
-        left = affordable(self.policy, updates=state.updates, spent=0.0, alarm=False) * TRIAL_PART - state.trial_cost
+        left = self._left(0.0, alarm=False) * TRIAL_PART - state.trial_cost
         return min(left, self.affordable(alarm=False)) >= 2 * COST_OF_LOSS
 
     # ---- how far

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from safe_lr.cadence import (
+    TRIAL_GAP,
+)
 from safe_lr.controller import Controller
 from safe_lr.policies import (
     CALM_UPDATES,
@@ -12,7 +15,6 @@ from safe_lr.policies import (
     MULTIPLE_DRIFT,
     RISES,
     STEP,
-    TRIAL_GAP,
     learned_multiple,
 )
 

@@ -94,8 +94,9 @@ class Ensemble:
 
     @property
     def unaveraged(self) -> float:
-        """The smallest `Preconditioner.unaveraged` of the members whose P is made of past gradients."""
-        return min((model.unaveraged for model in self.models if model.second_moments), default=UNAVERAGED)
+        """How many times higher the noise limit is where steps are made of single gradients: the smallest of the
+        members whose P is made of past ones."""
+        return UNAVERAGED * min((model.unaveraged for model in self.models if model.second_moments), default=1.0)
 
     @property
     def adaptive(self) -> bool:

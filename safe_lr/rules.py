@@ -58,7 +58,7 @@ def smallest_share(rules: Rules, *, momentum: bool, adaptive: bool, unaveraged: 
         rules: The rules.
         momentum: Whether the limit counts momentum.
         adaptive: Whether some P is made of past gradients.
-        unaveraged: Then, see `Preconditioner.unaveraged`.
+        unaveraged: Then, see `Ensemble.unaveraged`.
 
     Example:
         >>> plain = [UpdateRule(), None]

@@ -62,6 +62,7 @@ ORDER = (
     "drift",
     "rewind",
     "norms",
+    "cadence",
     "policies",
     "tuning",
     "advice",
@@ -69,7 +70,7 @@ ORDER = (
 )
 
 # Pure functions of numbers, tensors and matvecs: they know nothing of ours but what a decision is.
-PURE = ("lanczos", "stability", "norms", "policies", "tuning", "advice", "decisions")
+PURE = ("lanczos", "stability", "norms", "cadence", "policies", "tuning", "advice", "decisions")
 
 # What shows and tells; only the stateful modules and the command may know of it.
 OUTPUT = {"loggers", "comparison", "report", "plots"}

@@ -9,6 +9,13 @@ from typing import Any
 
 import pytest
 
+from safe_lr.cadence import (
+    TRIAL_GAP,
+    TRIAL_PART,
+    affordable,
+    next_gap,
+    next_trial_gap,
+)
 from safe_lr.controller import Controller
 from safe_lr.cuts import cut, go_back
 from safe_lr.measurement import Measurement
@@ -30,21 +37,16 @@ from safe_lr.policies import (
     ROOM,
     SETTLED_FROM,
     STEP,
-    TRIAL_GAP,
-    TRIAL_PART,
     UNAVERAGED,
     Policy,
     Trial,
-    affordable,
     annealed,
     judged,
     learned_growth,
     learned_multiple,
     median_limit,
     next_cap,
-    next_gap,
     next_rung,
-    next_trial_gap,
     noise_share,
     pace,
     rungs,
@@ -170,8 +172,8 @@ def test_gaps() -> None:
 
 @pytest.mark.parametrize(("alarm", "expected"), [(True, 120 + 10 - 30), (False, 90 + 10 - 30)])
 def test_routine_measurements_leave_a_reserve_to_alarms(alarm: bool, expected: float) -> None:
-    assert affordable(Policy(), updates=200, spent=30, alarm=alarm) == expected
-    assert affordable(Policy(credit=0, max_overhead=0), updates=10**9, spent=0, alarm=alarm) == 0
+    assert affordable(120.0, 0.05, updates=200, spent=30, alarm=alarm) == expected
+    assert affordable(0.0, 0.0, updates=10**9, spent=0, alarm=alarm) == 0
 
 
 @pytest.mark.parametrize(

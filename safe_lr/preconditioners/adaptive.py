@@ -20,9 +20,9 @@ class Adagrad(Preconditioner):
 
     second_moments: ClassVar[tuple[str, ...]] = ("sum",)
     movable: ClassVar[tuple[str, ...]] = ("eps",)
-    unaveraged = 4.5
+    unaveraged = 3 / 2
     """Its P grows for ever, so that steps shrink by themselves. On the LSTM of benchmarks/lr_robustness.py, 100 times
-    above the tuned lr (six seeds), 12 % behind with 3, 5 % with 4 to 6; on the teacher 0 to 2 % ahead."""
+    above the tuned lr (six seeds), 12 % behind with 1, 5 % with 4/3 to 2; on the teacher 0 to 2 % ahead."""
 
     def diagonal(self, group: Group, state: State, g: Tensor) -> Tensor:
         return second_moment(state, "sum", 1.0, 1.0, g).sqrt().add_(group["eps"])
@@ -51,9 +51,9 @@ class RMSprop(Preconditioner):
 
     second_moments: ClassVar[tuple[str, ...]] = ("square_avg",)
     movable: ClassVar[tuple[str, ...]] = ("alpha", "eps")
-    unaveraged = 2.0
+    unaveraged = 2 / 3
     """Its P forgets within a hundred updates. On the GPT of benchmarks/lr_robustness.py, 100 times above the tuned lr
-    (six seeds), 8 % behind with 4, 5 % with 3, 3 % with 2, 7 % with 1.5; on the teacher 2, 3, 3 and 2 % ahead."""
+    (six seeds), 8 % behind with 4/3, 5 % with 1, 3 % with 2/3, 7 % with 1/2; on the teacher 2, 3, 3 and 2 % ahead."""
 
     def diagonal(self, group: Group, state: State, g: Tensor) -> Tensor:
         alpha = float(group["alpha"])

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from safe_lr.policies import UNAVERAGED
 from safe_lr.stability import UpdateRule
 
 Group = Mapping[str, Any]
@@ -39,8 +38,9 @@ class Preconditioner(ABC):
     """What a learned margin multiplies the noise limit by (`policies.noise_share`), where tuned runs were seen to stand
     more of it than those of other optimizers do."""
 
-    unaveraged: ClassVar[float] = UNAVERAGED
-    """How many times higher the noise limit is where P is made of gradients and steps of single ones."""
+    unaveraged: ClassVar[float] = 1.0
+    """What `policies.UNAVERAGED` is multiplied by: how much more noise is stood where P is made of gradients, and steps
+    of single ones."""
 
     decoupled: ClassVar[bool] = False
     """Whether `weight_decay` acts on the parameters directly instead of through the gradient."""
