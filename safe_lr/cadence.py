@@ -94,5 +94,5 @@ def affordable(credit: float, max_overhead: float, *, updates: int, spent: float
         >>> affordable(60, 0.05, updates=200, spent=30, alarm=True)
         40.0
     """
-    kept = 0.0 if alarm else RESERVE * credit
-    return credit - kept + (max_overhead * updates if updates else 0.0) - spent
+    left = credit if alarm else (1 - RESERVE) * credit
+    return left + (max_overhead * updates if updates else 0.0) - spent
