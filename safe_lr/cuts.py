@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from safe_lr.cadence import (
-    TRIAL_GAP,
-)
+from safe_lr.cadence import TRIAL_GAP
 from safe_lr.controller import Controller
 from safe_lr.policies import (
     CALM_UPDATES,
