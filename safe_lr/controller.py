@@ -29,7 +29,6 @@ from safe_lr.policies import (
     MULTIPLE_START,
     ROOM,
     TOLD,
-    UNAVERAGED,
     VOTES,
     Policy,
     Trial,
@@ -55,8 +54,7 @@ class Controller:
         policy: The settings.
         least_cost: Gradient evaluations below which no measurement is worth starting.
         momentum: Whether the limit counts momentum.
-        adaptive: Whether P is made of past gradients.
-        unaveraged: Then, see `Ensemble.unaveraged`.
+        unaveraged: See `Ensemble.unaveraged`.
         follows_gradients: Whether P is made of gradients at all.
         searched: Whether the limit is found by trial steps instead of measured.
         tolerance: The optimizer's own factor on the noise limit.
@@ -80,8 +78,7 @@ class Controller:
         least_cost: float,
         *,
         momentum: bool = True,
-        adaptive: bool = False,
-        unaveraged: float = UNAVERAGED,
+        unaveraged: float = 1.0,
         follows_gradients: bool = False,
         searched: bool = False,
         tolerance: float = 1.0,
@@ -89,7 +86,7 @@ class Controller:
         if searched and policy.learns:
             policy = replace(policy, margin_max=min(policy.margin_max, MARGIN_SEARCHED))
         self.policy, self.least_cost = policy, least_cost
-        self.momentum, self.adaptive, self.unaveraged = momentum, adaptive, unaveraged
+        self.momentum, self.unaveraged = momentum, unaveraged
         self.follows_gradients, self.searched, self.tolerance = follows_gradients, searched, tolerance
         margin = policy.margin_at(MULTIPLE_START, 1.0, young=True)
         self.state = State(MULTIPLE_START, margin, expected_cost=least_cost)
@@ -129,10 +126,10 @@ class Controller:
     @property
     def wandered(self) -> bool:
         """Whether gradient norms, which P follows, have changed so much that a new measurement is due."""
-        return self.settled and self.state.trend.wandered(self.state.usual)
+        return self.comparable and self.state.trend.wandered(self.state.usual)
 
     @property
-    def settled(self) -> bool:
+    def comparable(self) -> bool:
         """Whether gradient norms, where P follows them, can be compared with those at the last measurement."""
         late = self.state.updates >= self.state.measured_at + TRIAL_GAP
         return self.follows_gradients and late and not self.young
@@ -283,7 +280,7 @@ class Controller:
 
     def _share(self, rules: Rules) -> None:
         """Sets the noise limit's part of lr_limit, and with it the margin."""
-        share = smallest_share(rules, momentum=self.momentum, adaptive=self.adaptive, unaveraged=self.unaveraged)
+        share = smallest_share(rules, momentum=self.momentum, unaveraged=self.unaveraged)
         if self.searched:
             self.state.share = MARGIN_SEARCHED / MULTIPLE_START
         elif share is not None:

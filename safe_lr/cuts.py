@@ -54,7 +54,7 @@ def heed_norms(control: Controller, lr_ref: float) -> str | None:
         lr_ref: The lr that is wanted.
     """
     state = control.state
-    if not (control.settled and state.trend.risen(state.lowest) and control.held_back(lr_ref)):
+    if not (control.comparable and state.trend.risen(state.lowest) and control.held_back(lr_ref)):
         return None
     if state.cuts >= RISES or state.falling:
         return None

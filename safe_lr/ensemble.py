@@ -95,8 +95,8 @@ class Ensemble:
     @property
     def unaveraged(self) -> float:
         """How many times higher the noise limit is where steps are made of single gradients: the smallest of the
-        members whose P is made of past ones."""
-        return UNAVERAGED * min((model.unaveraged for model in self.models if model.second_moments), default=1.0)
+        members whose P is made of past ones, 1 where there is none."""
+        return min((UNAVERAGED * model.unaveraged for model in self.models if model.second_moments), default=1.0)
 
     @property
     def adaptive(self) -> bool:

@@ -133,7 +133,6 @@ class CoherenceGuard:
             Policy(margin, margin_max, trial_slack, growth, max_overhead, credit, follow_limit),
             self.settings.least_cost,
             momentum=bound == "momentum",
-            adaptive=self.ensemble.adaptive,
             unaveraged=self.ensemble.unaveraged,
             follows_gradients=self.ensemble.follows_gradients,
             searched="trial" in self.ensemble.kinds,

@@ -50,8 +50,8 @@ MULTIPLE_MOST = 40.0
 
 UNAVERAGED = 3.0
 """The noise limit is this many times higher where P is made of gradients and the fresh gradient moves the parameters
-itself (RMSprop, Adagrad, NAdam): a gamma measured on a training batch is 2-4 times that of a large one there. RMSprop
-and Adagrad have their own (`Preconditioner.unaveraged`)."""
+itself (NAdam; RMSprop and Adagrad have factors of their own on that, `Preconditioner.unaveraged`): a gamma measured on
+a training batch is 2-4 times that of a large one there."""
 
 MARGIN_YOUNG = 1.0
 """The learned margin's ceiling while the run is young, but for unaveraged steps and Muon's. Before momentum has built
@@ -96,8 +96,8 @@ STEP = 1.5
 TOLD = 1.05
 """A margin that trial steps have moved by this factor since it was last told of is a decision."""
 
-SETTLED_FROM = 100
-"""Updates from which on a run counts as settled: above where it started the multiple moves by no more per trial than
+STEADY_FROM = 100
+"""Updates from which on a run counts as steady: above where it started the multiple moves by no more per trial than
 the run has grown longer since the last one (`pace`), and the noise limit is annealed. In steady runs trial steps find
 room at any lr (ROOM), and in full steps lr goes on rising: after 1,000 updates a ResNet's was 8 times the tuned one, a
 GPT's 4 times."""
@@ -217,7 +217,7 @@ def noise_share(flip: float, gain: float, *, averaged: bool, unaveraged: float =
 def annealed(updates: int) -> float:
     """Returns what is left of the noise limit after so many updates.
 
-        max(ANNEALED_TO, (SETTLED_FROM / updates)^ANNEALING),    1 up to SETTLED_FROM
+        max(ANNEALED_TO, (STEADY_FROM / updates)^ANNEALING),    1 up to STEADY_FROM
 
     At the edge of stability gamma follows lr, so a measured limit bears out whatever lr is used; only the run's length
     tells that noise is to be averaged out.
@@ -229,11 +229,11 @@ def annealed(updates: int) -> float:
     References:
         Bjorck et al. 2024, arXiv 2409.19913: the longer the run, the lower the best lr.
     """
-    return max(ANNEALED_TO, min(1.0, float((SETTLED_FROM / max(1, updates)) ** ANNEALING)))
+    return max(ANNEALED_TO, min(1.0, float((STEADY_FROM / max(1, updates)) ** ANNEALING)))
 
 
 def pace(updates: int, last: int) -> float:
-    """Returns the factor by which the multiple moves after trial steps above where it started: STEP, in a settled run
+    """Returns the factor by which the multiple moves after trial steps above where it started: STEP, in a steady run
     no more than the run has grown longer since.
 
     So it rises or falls no faster than the run's length does, however many trial steps there are, as steps of a
@@ -247,7 +247,7 @@ def pace(updates: int, last: int) -> float:
         >>> pace(50, 40), pace(1_000, 800), pace(1_000, 10)
         (1.5, 1.25, 1.5)
     """
-    return STEP if updates <= SETTLED_FROM else min(STEP, updates / max(1, last))
+    return STEP if updates <= STEADY_FROM else min(STEP, updates / max(1, last))
 
 
 def next_cap(cap: float | None, target: float, growth: float, *, free: bool) -> float:

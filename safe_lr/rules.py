@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from safe_lr.policies import UNAVERAGED, noise_share
+from safe_lr.policies import noise_share
 from safe_lr.stability import UpdateRule
 
 Rules = Sequence[UpdateRule | None]
@@ -50,26 +50,25 @@ def largest_constant(known: Constants) -> float:
     return max((c for c in known if c is not None and c < math.inf), default=2.0)
 
 
-def smallest_share(rules: Rules, *, momentum: bool, adaptive: bool, unaveraged: float = UNAVERAGED) -> float | None:
+def smallest_share(rules: Rules, *, momentum: bool, unaveraged: float) -> float | None:
     """Returns the noise limit's part of lr_limit (`noise_share`), the smallest over the parameters; None where none
     moves.
 
     Args:
         rules: The rules.
         momentum: Whether the limit counts momentum.
-        adaptive: Whether some P is made of past gradients.
-        unaveraged: Then, see `Ensemble.unaveraged`.
+        unaveraged: See `Ensemble.unaveraged`.
 
     Example:
         >>> plain = [UpdateRule(), None]
-        >>> [smallest_share(plain, momentum=True, adaptive=adaptive) for adaptive in (False, True)]
+        >>> [smallest_share(plain, momentum=True, unaveraged=times) for times in (1.0, 3.0)]
         [1.0, 3.0]
     """
     shares = [
         noise_share(
             rule.flip if momentum else 2.0,
             rule.gain,
-            averaged=not adaptive or rule.from_gradient == 0,
+            averaged=rule.from_gradient == 0,
             unaveraged=unaveraged,
         )
         for rule in rules

@@ -33,8 +33,9 @@ from safe_lr.policies import (
     MARGIN_MIN,
     MARGIN_YOUNG,
     MULTIPLE_START,
-    SETTLED_FROM,
+    STEADY_FROM,
     STEP,
+    UNAVERAGED,
     Policy,
     annealed,
 )
@@ -219,7 +220,7 @@ def test_gradient_norms_that_rise_under_a_cap_cut_the_margin_with_no_measurement
 
 def _risen(**figures: Any) -> Controller:
     """A controller whose gradient norms have risen from 1 to 1.6 under a cap."""
-    control = Controller(Policy(), least_cost=8.0, adaptive=True, follows_gradients=True)
+    control = Controller(Policy(), least_cost=8.0, unaveraged=UNAVERAGED, follows_gradients=True)
     state = replace(control.state, updates=100, measured_at=80, share=0.5, multiple=3.0, margin=1.5, cap=1.5, **figures)
     state.trend, state.lowest, state.figures = NormTrend(math.log(1.6), count=50), 0.0, {"lr_limit": 1.0}
     control.state = state
@@ -683,11 +684,11 @@ def test_at_every_update_of_a_settled_run_the_margin_is_annealed_and_measurement
         margin = min(8.0, state.multiple * state.share * annealed(step))
         assert step < FREE_UPDATES or state.margin == pytest.approx(margin, rel=1e-12)
         assert state.cap <= state.margin * state.figures["lr_limit"] * (1 + 1e-12) or state.cap <= cap
-        fell += step > SETTLED_FROM and not told and state.cap < cap
+        fell += step > STEADY_FROM and not told and state.cap < cap
     reasons = {d.step: d.reason for d in net.guard.history if d.num_matvecs}
     last = max(reasons)
-    assert last > SETTLED_FROM and f"(the margin annealed to {annealed(last):.2g} by the run's length)" in reasons[last]
-    assert not any("annealed" in reason for step, reason in reasons.items() if step <= SETTLED_FROM)
+    assert last > STEADY_FROM and f"(the margin annealed to {annealed(last):.2g} by the run's length)" in reasons[last]
+    assert not any("annealed" in reason for step, reason in reasons.items() if step <= STEADY_FROM)
     assert fell > 0 or state.margin == 8.0
 
 

@@ -35,7 +35,7 @@ from safe_lr.policies import (
     MULTIPLE_MOST,
     MULTIPLE_START,
     ROOM,
-    SETTLED_FROM,
+    STEADY_FROM,
     STEP,
     UNAVERAGED,
     Policy,
@@ -342,7 +342,7 @@ def test_the_next_measurement_ends_what_counts_alone() -> None:
 
 
 def test_the_margin_follows_the_momentum_of_a_young_average() -> None:
-    made = Controller(Policy(), least_cost=8.0, adaptive=True)
+    made = Controller(Policy(), least_cost=8.0, unaveraged=UNAVERAGED)
     margins = []
     for decay in (0.0, 0.5, 0.9):
         made.starts([UpdateRule(decay=decay, from_average=1, from_gradient=0)])
@@ -351,7 +351,7 @@ def test_the_margin_follows_the_momentum_of_a_young_average() -> None:
     made.state.updates = FREE_UPDATES
     made.starts([UpdateRule(from_average=1, from_gradient=0)])
     assert made.state.margin == MULTIPLE_START
-    rms = Controller(Policy(), least_cost=8.0, adaptive=True)
+    rms = Controller(Policy(), least_cost=8.0, unaveraged=UNAVERAGED)
     rms.starts([UpdateRule()])
     assert rms.state.margin == UNAVERAGED * MULTIPLE_START
     nothing = Controller(Policy(), least_cost=8.0)
@@ -373,9 +373,9 @@ def test_a_searched_limit_has_no_margin_beyond() -> None:
 
 
 def test_the_noise_limit_is_annealed_by_a_power_of_the_runs_length_to_a_half() -> None:
-    assert [annealed(updates) for updates in (0, 1, SETTLED_FROM)] == [1.0, 1.0, 1.0]
+    assert [annealed(updates) for updates in (0, 1, STEADY_FROM)] == [1.0, 1.0, 1.0]
     for length in (150, 400, 1_500):
-        assert annealed(length) == pytest.approx((SETTLED_FROM / length) ** ANNEALING, rel=1e-12)
+        assert annealed(length) == pytest.approx((STEADY_FROM / length) ** ANNEALING, rel=1e-12)
     assert [annealed(updates) for updates in (1_600, 10**9)] == [ANNEALED_TO, ANNEALED_TO]
 
 
@@ -442,7 +442,7 @@ def test_failed_trials_and_cuts_late_in_a_run_start_from_what_was_used(updates: 
 
 
 def test_above_its_start_the_multiple_moves_no_faster_than_the_runs_length() -> None:
-    assert [pace(SETTLED_FROM, 99), pace(1_000, 950), pace(1_000, 0)] == [STEP, pytest.approx(1.0526, rel=1e-4), STEP]
+    assert [pace(STEADY_FROM, 99), pace(1_000, 950), pace(1_000, 0)] == [STEP, pytest.approx(1.0526, rel=1e-4), STEP]
     slow = {"step": 1.1}
     assert learned_multiple(3.0, "roomy", used=3.0, **slow) == pytest.approx(3.3)
     assert learned_multiple(3.3, "tight", used=3.3, **slow) == pytest.approx(3.0)  # as slowly as it rises
@@ -451,7 +451,7 @@ def test_above_its_start_the_multiple_moves_no_faster_than_the_runs_length() -> 
     assert [learned_multiple(m, "roomy", used=m, **slow) for m in (1.5, 1.999)] == [2.0, 2.0]  # so far and no further
 
 
-def settled(gap: int, last: int) -> dict[int, float]:
+def with_room(gap: int, last: int) -> dict[int, float]:
     """The caps of a run whose trial steps, so many updates apart, all find room."""
     made, caps = late(2.0, 100, tried_at=100), {}
     made.policy = replace(made.policy, margin_max=1e9)
@@ -465,7 +465,7 @@ def settled(gap: int, last: int) -> dict[int, float]:
 
 def test_where_every_trial_step_finds_room_lr_rises_like_the_runs_length_however_many_there_are() -> None:
     """As the multiple does, less annealing. In full steps it would be at MULTIPLE_MOST by update 500."""
-    runs = [settled(gap, 1_500) for gap in (20, 50, 100)]
+    runs = [with_room(gap, 1_500) for gap in (20, 50, 100)]
     assert all(run[1_500] / run[300] == pytest.approx((1_500 / 300) ** (1 - ANNEALING), rel=0.05) for run in runs)
 
 

@@ -27,7 +27,7 @@ from safe_lr.drift import Drift as SeenDrift
 from safe_lr.ensemble import Ensemble
 from safe_lr.measurement import Measurement
 from safe_lr.norms import NormTrend
-from safe_lr.policies import CALM_UPDATES, Policy
+from safe_lr.policies import CALM_UPDATES, Policy, annealed
 from safe_lr.rewind import DROPS, EVERY, MOST, Losses, Signs, Trouble, judge, outlying
 from safe_lr.rewinder import Rewinder
 from safe_lr.settings import COST_OF_LOSS
@@ -594,18 +594,19 @@ def test_losses_that_are_not_positive_are_compared_in_units_of_what_is_usual(now
 
 def test_a_margin_that_drift_has_cut_stays_so_for_a_while_and_has_a_floor() -> None:
     control = Controller(Policy(), least_cost=8.0)
-    state = replace(control.state, updates=80, share=0.5, multiple=3.0, margin=1.5, cap=1.5, gap=40)
+    state = replace(control.state, updates=100, share=0.5, multiple=3.0, margin=1.5, cap=1.5, gap=40)
     control.state = replace(state, figures={"lr_limit": 1.0})
-    assert cut(control) == "margin 1.5 -> 1, cap 1.5 -> 1" and control.state.calm_until == 80 + CALM_UPDATES
+    assert cut(control) == "margin 1.5 -> 1, cap 1.5 -> 1" and control.state.calm_until == 100 + CALM_UPDATES
     for multiple in (4 / 3, 8 / 9, 16 / 27, 32 / 81, 64 / 243, 128 / 729, 256 / 2187, 0.1):
         assert cut(control) is not None
         assert (control.state.multiple, control.state.cap) == pytest.approx((multiple, multiple / 2))
-    control.state.updates = 100
+    control.state.updates = 120
+    left = annealed(120)
     for multiple, margin, cap in ((0.1, 0.05, 0.05), (0.05, 0.025, 0.025), (0.05, 0.025, 0.01)):
-        control.state.multiple, control.state.margin, control.state.cap = multiple, margin, cap
+        control.state.multiple, control.state.margin, control.state.cap = multiple, left * margin, left * cap
         before = replace(control.state)
         assert cut(control) is None  # at the floor, or cut further by trial steps
-        assert control.state == replace(before, calm_until=100 + CALM_UPDATES)
+        assert control.state == replace(before, calm_until=120 + CALM_UPDATES)
     control.state.cap = None
     assert cut(control) is None
 
