@@ -37,3 +37,10 @@ def test_costs_are_paired_and_the_worst_counts(tmp_path, monkeypatch):
     result = benchmark.result()
     assert result["poison_worst_cost"] == pytest.approx(0.5) and result["poison_equal"] == 0.5
     assert math.isclose(result["rows"][0]["left_out"]["mean"], 0.01, rel_tol=1e-9)
+
+
+def test_without_rewind_the_first_seeds_are_enough(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.poison.CONTRAST", 1)
+    benchmark = Benchmark(tmp_path, {LORA: -4}, seeds=(1, 2), steps=60)
+    runs = [(cell.seed, dict(cell.options).get("rewind", False)) for cell in benchmark.cells()]
+    assert sorted(set(runs)) == [(1, False), (1, True), (2, True)] and len(runs) == 12
