@@ -254,7 +254,7 @@ def _lr(s: Summary) -> Iterator[Advice]:
             yield _say(
                 "lr",
                 "The cap hid most of the schedule: a peak of {lr_applied_high:.3g}, the largest lr that was applied, "
-                "instead of {lr_desired_high:.3g} would let its shape through.",
+                "instead of {lr_desired_high:.3g} would let more of its shape through.",
                 s,
             )
     if s.cap_low is not None:

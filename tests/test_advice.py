@@ -73,7 +73,7 @@ def test_nothing_is_said_of_lowering_where_the_desired_lr_was_applied_at_times()
 
 def test_of_a_schedule_the_peak_is_named():
     lower = said(capped(lr_desired_low=0.0), "lr")[0]
-    assert "a peak of 0.06, the largest lr that was applied, instead of 1 would let its shape through" in lower
+    assert "a peak of 0.06, the largest lr that was applied, instead of 1 would let more of its shape through" in lower
 
 
 @pytest.mark.parametrize(("cap_low", "told"), [(0.39, False), (0.4, True), (3.0, True)])
