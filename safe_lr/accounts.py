@@ -150,7 +150,7 @@ class State:
             return "hold", f"{found.failure}; {held}"
         limit = "limit" if found.curvature != "trial" else "largest lr that lowers the batch's loss (no limit exists)"
         allowed = f"{self.margin:.3g} x {limit} {found.lr_limit:.3g}"
-        if annealed < 1:
+        if annealed < 0.995:  # two digits
             allowed += f" (the margin annealed to {annealed:.2g} by the run's length)"
         if found.hvp in DIFFERENCES:
             allowed += f" (products by {'one-sided ' * (found.hvp == 'one-sided')}finite differences)"
@@ -288,6 +288,8 @@ class State:
                 "flips": list(state_dict["flips"]),
                 "votes": list(state_dict["votes"]),
                 "moving": list(state_dict["moving"]),
+                "told": state_dict.get("told", state_dict["multiple"]),  # nor are these two
+                "tried_at": state_dict.get("tried_at", state_dict["updates"]),
                 "course": Course.from_state_dict(state_dict.get("course", {})),  # not in states of the first versions
             }
         )

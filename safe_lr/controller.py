@@ -26,6 +26,7 @@ from safe_lr.policies import (
     MARGIN_MIN,
     MARGIN_SEARCHED,
     MATURE,
+    MULTIPLE_FAILED,
     MULTIPLE_START,
     ROOM,
     TOLD,
@@ -246,6 +247,11 @@ class Controller:
         """The noise limit as a part of lr_limit at the coming step, of which the margin is a multiple."""
         return self.annealed * self.state.share
 
+    @property
+    def least_after_harm(self) -> float:
+        """What an alarm or a rewind may cut the multiple to."""
+        return min(MULTIPLE_FAILED, MARGIN_MIN / self.annealed_share)
+
     def anneal(self) -> None:
         """Sets the margin anew: where it is learned it falls with the run's length. To be called before each update is
         decided on."""
@@ -388,7 +394,7 @@ class Controller:
             "fine" if still and trial == "roomy" else trial,
             used=planned / unit,
             again=again,
-            least=None if jump is None else MARGIN_MIN / state.share,
+            least=None if jump is None else self.least_after_harm,
             found=searched,
             step=pace(state.updates, state.tried_at),
         )

@@ -9,7 +9,6 @@ from safe_lr.cadence import TRIAL_GAP
 from safe_lr.controller import Controller
 from safe_lr.policies import (
     CALM_UPDATES,
-    MARGIN_MIN,
     MULTIPLE_DRIFT,
     RISES,
     STEP,
@@ -32,11 +31,11 @@ def go_back(control: Controller, saved: dict[str, Any], wanted: float) -> None:
     unit = control.annealed_share * state.figures.get("lr_limit", math.nan)
     known = math.isfinite(used) and unit > 0
     multiple = learned_multiple(
-        state.multiple, "bad", used=used / unit if known else state.multiple, least=MARGIN_MIN / state.share
+        state.multiple, "bad", used=used / unit if known else state.multiple, least=control.least_after_harm
     )
     earlier = state.gone_back(saved)
     earlier.multiple = min(earlier.multiple, multiple) if control.policy.learns else earlier.multiple
-    earlier.told = earlier.multiple
+    earlier.told, earlier.calm_until = earlier.multiple, max(earlier.calm_until, state.calm_until)
     control.restore(earlier)
     if earlier.cap is not None and used > 0:  # at an lr of 0 an earlier step did the harm; from 0 no cap rises
         earlier.cap = min(earlier.cap, used / STEP)

@@ -61,7 +61,8 @@ MARGIN_SEARCHED = 0.5
 """The margin stays below this where the limit is itself the result of trial steps (Lion): nothing lies beyond."""
 
 MARGIN_MIN = 0.05
-"""The learned margin's floor after an alarm."""
+"""What an alarm or a rewind may cut the learned margin to, or to MULTIPLE_FAILED where that is less: .05 of Adam's
+limit alone is a multiple of .95, above what any failed trial may cut to."""
 
 VOTES = 3
 """Measured limits whose median a learned margin is a margin of. Over batches they vary twofold, and a thousandfold
@@ -284,7 +285,11 @@ def learned_growth(growth: float, *, updates: int, trial: Trial | None) -> float
     """
     if trial in FAILED:
         return 1.0
-    return float(growth**CATCH_UP) if trial == "roomy" else 1 + min(growth - 1, AGING / max(1, updates))
+    return _power(growth, CATCH_UP) if trial == "roomy" else 1 + min(growth - 1, AGING / max(1, updates))
+
+
+def _power(growth: float, times: int) -> float:
+    return math.inf if times * math.log(growth) > 700 else float(growth**times)
 
 
 Trial = Literal["roomy", "fine", "tight", "bad"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from safe_lr.accounts import State
 from safe_lr.cadence import (
     TRIAL_GAP,
     TRIAL_PART,
@@ -23,9 +24,11 @@ from safe_lr.norms import NormTrend
 from safe_lr.policies import (
     ANNEALED_TO,
     ANNEALING,
+    CALM_UPDATES,
     CATCH_UP,
     FREE_UPDATES,
     HALVINGS,
+    MARGIN_MIN,
     MARGIN_SEARCHED,
     MARGIN_YOUNG,
     MATURE,
@@ -489,3 +492,52 @@ def test_small_moves_of_the_margin_are_told_once_they_add_up() -> None:
         told += [said[1] for said in [made.settle_trial(tried, 100.0)] if said is not None]
     assert made.state.multiple == pytest.approx(3.0 * 12_000 / 9_900)
     assert len(told) == 3 and told[0].startswith("margin 1.5 -> 1.58: even a trial step")
+
+
+@pytest.mark.parametrize("beta1", [0.9, 0.96])
+def test_what_did_harm_cuts_at_least_as_far_as_a_failed_trial(beta1):
+    def control():
+        made = Controller(Policy(), least_cost=8.0)
+        made.settle(Measurement(lr_limit=1.0), lr_ref=10.0, jump=None)
+        made.state.updates, made.state.share = 90, (1 - beta1) / (1 + beta1)
+        made.anneal()
+        made.state.cap = made.state.margin
+        return made
+
+    once = control()
+    saved, before = once.state.state_dict(), once.state.multiple
+    go_back(once, saved, 10.0)
+    assert once.state.multiple == pytest.approx(before / STEP)
+    for _ in range(8):
+        go_back(once, once.state.state_dict(), 10.0)
+    assert once.state.multiple == pytest.approx(min(MULTIPLE_FAILED, MARGIN_MIN / once.annealed_share))
+    assert once.state.multiple <= MULTIPLE_FAILED
+
+    def after(jump):
+        made = control()
+        bad = Measurement(lr_limit=1.0, trial_lr=made.state.margin, loss=1.0, trial_loss=9.0)
+        made.settle(bad, lr_ref=10.0, jump=jump)
+        return made.state.multiple
+
+    assert after("the loss jumped") == after(None) < before
+
+
+def test_a_rewind_keeps_the_calm_of_a_cut_since_the_snapshot():
+    control = Controller(Policy(), least_cost=8.0)
+    control.settle(Measurement(lr_limit=0.2), lr_ref=1.0, jump=None)
+    saved = control.state.state_dict()
+    control.state.updates += 5
+    cut(control)
+    go_back(control, saved, 1.0)
+    assert control.state.calm_until == 5 + CALM_UPDATES
+
+
+def test_what_an_older_state_was_told_of_is_its_own_margin():
+    saved = State(multiple=6.0, margin=0.3, updates=700, expected_cost=8.0).state_dict()
+    del saved["told"], saved["tried_at"]
+    older = State.from_state_dict(saved)
+    assert (older.told, older.tried_at) == (6.0, 700)
+
+
+def test_a_growth_beyond_all_numbers_is_no_error():
+    assert learned_growth(1e100, updates=50, trial="roomy") == math.inf
