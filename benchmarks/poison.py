@@ -10,8 +10,8 @@ batch more or less is worth, and a poisoned run can do no better than be equal t
 `nan`: one input is NaN where inputs are numbers, which BatchNorm's statistics take in too; else the loss is. `scaled`:
 the loss is 1e4 times itself. The score is the mean loss on the fresh batches of the last tenth of the steps. The guard
 is not told the loss, which would make it see more. A batch less lets every later measurement and trial step fall on
-another one, and so moves single runs by some percent either way: hence SEEDS. Without `rewind` the cost is ten times
-what seeds could tell, and CONTRAST of them do. Results are kept one file a run under `runs/poison`.
+another one, and so moves single runs by some percent either way: hence thirty seeds. Without `rewind` the costs are ten
+times that, and the first CONTRAST of them are enough. Results are kept one file a run under `runs/poison`.
 """
 
 from __future__ import annotations

@@ -48,6 +48,7 @@ class State:
     alone: bool = False  # whether the limit in force is a single low one, on a witness, instead of their median
     moving: list[bool] = field(default_factory=list)  # which parameters had a gradient at that measurement
     following: bool = False  # whether c still moves
+    decays: list[tuple[float | None, float | None]] = field(default_factory=list)  # of each group at the last update
     due_at: int = 0
     gap: int = 0  # updates between routine measurements; 0 before the first
     hvp: str | None = None  # how the last good measurement made its products
@@ -288,8 +289,10 @@ class State:
                 "flips": list(state_dict["flips"]),
                 "votes": list(state_dict["votes"]),
                 "moving": list(state_dict["moving"]),
-                "told": state_dict.get("told", state_dict["multiple"]),  # nor are these two
+                # not in states of the first versions:
+                "course": Course.from_state_dict(state_dict.get("course", {})),
+                "told": state_dict.get("told", state_dict["multiple"]),
                 "tried_at": state_dict.get("tried_at", state_dict["updates"]),
-                "course": Course.from_state_dict(state_dict.get("course", {})),  # not in states of the first versions
+                "decays": [(first, second) for first, second in state_dict.get("decays", [])],
             }
         )

@@ -162,15 +162,15 @@ class Controller:
             growth = learned_growth(growth, updates=state.updates, trial=state.trial)
         return next_cap(state.cap, state.margin * lr_limit, growth, free=self.young)
 
-    def planned(self, lr_limit: float, lr_ref: float, shape: float = 1.0) -> float:
+    def planned(self, lr_limit: float, lr_ref: float) -> float:
         """Returns the lr of the coming step under the present margin, in units of lr_ref.
 
         Args:
             lr_limit: The limit.
-            lr_ref: The lr that is wanted; infinite where lr follows the cap.
-            shape: The part of the cap that the schedule then lets through.
+            lr_ref: The lr that is wanted. Infinite where lr follows the cap: it is the cap that trial steps judge then,
+                whatever part of it a schedule lets through.
         """
-        return min(lr_ref, shape * self.cap_under(lr_limit))
+        return min(lr_ref, self.cap_under(lr_limit))
 
     def in_force(self, measured: float) -> float:
         """Returns the limit to act on: the measured one; with a learned margin the median of the newest ones.
@@ -182,7 +182,7 @@ class Controller:
             return measured
         return median_limit([*self.state.votes, measured / flip]) * flip
 
-    def weighed(self, found: Measurement, lr_ref: float, shape: float = 1.0, *, alarm: bool = False) -> Measurement:
+    def weighed(self, found: Measurement, lr_ref: float, *, alarm: bool = False) -> Measurement:
         """Returns a good measurement with the limit in force in it.
 
         Curvature needs a witness: a limit far below the others counts at once, and alone, only where a step under
@@ -191,16 +191,14 @@ class Controller:
         """
         limit = self.in_force(found.lr_limit)
         self.state.alone = False
-        if alarm or self._verdict(found, self.planned(limit, lr_ref, shape)) == "bad":
+        if alarm or self._verdict(found, self.planned(limit, lr_ref)) == "bad":
             self.state.alone = found.lr_limit < limit
             limit = min(limit, found.lr_limit)
         if self.state.updates >= MATURE:
             self.state.votes = [*self.state.votes, found.lr_limit / self._flip()][-VOTES:]
         return replace(found, lr_limit=limit)
 
-    def lr_to_try(
-        self, found: Measurement, limit: float, lr_ref: float, shape: float = 1.0, *, measured: bool = True
-    ) -> float | None:
+    def lr_to_try(self, found: Measurement, limit: float, lr_ref: float, *, measured: bool = True) -> float | None:
         """Returns the lr to try on the batch next, None where there is nothing (more) to learn.
 
         A young run searches, by halving, for what the limit should be; an older one tries whether there is room.
@@ -208,10 +206,10 @@ class Controller:
         Args:
             found: What was found so far.
             limit: The limit in force.
-            lr_ref, shape: See `planned`.
+            lr_ref: See `planned`.
             measured: Whether that limit was measured just now.
         """
-        planned = self.planned(limit, lr_ref, shape)
+        planned = self.planned(limit, lr_ref)
         if not (self.policy.learns and 0 < planned < math.inf):
             return None
         if found.trial_lr is not None and self.affordable(alarm=True) - found.cost < COST_OF_LOSS:
@@ -219,7 +217,7 @@ class Controller:
         young = self.young and measured
         lengths = rungs(
             self.policy.trial_slack,
-            binding=planned < shape * lr_ref and not self.young,
+            binding=planned < lr_ref and not self.young,
             halvings=HALVINGS * young,
         )
         last = None if found.trial_lr is None else found.trial_lr / planned
@@ -246,6 +244,12 @@ class Controller:
     def annealed_share(self) -> float:
         """The noise limit as a part of lr_limit at the coming step, of which the margin is a multiple."""
         return self.annealed * self.state.share
+
+    @property
+    def annealed_part(self) -> float:
+        """What annealing leaves of the margin itself: all of it where `margin_max` is lower still."""
+        whole = self.policy.margin_at(self.state.multiple, self.state.share, young=self._unsettled)
+        return self.state.margin / whole
 
     @property
     def least_after_harm(self) -> float:
@@ -295,7 +299,12 @@ class Controller:
 
     def margin_at(self, multiple: float) -> float:
         """Returns the margin that a multiple of the noise limit would be at the coming step."""
-        return self.policy.margin_at(multiple, self.annealed_share, young=self.young and self.tolerance <= 1)
+        return self.policy.margin_at(multiple, self.annealed_share, young=self._unsettled)
+
+    @property
+    def _unsettled(self) -> bool:
+        """Whether MARGIN_YOUNG bounds the margin."""
+        return self.young and self.tolerance <= 1
 
     def _flip(self) -> float:
         """The largest c of the parameters that move, where the limit counts it."""
@@ -303,16 +312,13 @@ class Controller:
 
     # ---- what follows
 
-    def settle(
-        self, found: Measurement, *, lr_ref: float, jump: str | None, shape: float = 1.0
-    ) -> tuple[Trial | None, str | None]:
+    def settle(self, found: Measurement, *, lr_ref: float, jump: str | None) -> tuple[Trial | None, str | None]:
         """Takes a measurement in: moves margin, cap and the time of the next one.
 
         Args:
             found: The measurement, `lr_limit` being the limit in force. One that failed moves nothing but that time.
             lr_ref: The lr that is wanted.
             jump: What looked wrong, if anything did.
-            shape: See `planned`.
 
         Returns:
             What the trial steps found, and what moved the margin, if it moved.
@@ -324,7 +330,7 @@ class Controller:
             state.due_at = state.updates + state.retry
         else:
             state.expected_cost = max(self.least_cost, found.cost)
-            trial, moved = self._learn(found, lr_ref, jump, shape)
+            trial, moved = self._learn(found, lr_ref, jump)
             state.cap = self.cap_under(found.lr_limit)
             early = not self.young and state.updates < state.measured_at + state.gap
             state.keep(found)
@@ -333,12 +339,12 @@ class Controller:
         state.trial_at = state.updates + state.trial_gap
         return trial, moved
 
-    def settle_trial(self, tried: Measurement, lr_ref: float, shape: float = 1.0) -> tuple[Action, str] | None:
+    def settle_trial(self, tried: Measurement, lr_ref: float) -> tuple[Action, str] | None:
         """Takes trial steps in: moves the margin, or a limit that counts alone; returns what was done, and why."""
         state, alone = self.state, self.state.alone
         state.hear(tried)
-        planned = self.planned(tried.lr_limit, lr_ref, shape)
-        trial, moved = self._learn(tried, lr_ref, None, shape, still=alone)
+        planned = self.planned(tried.lr_limit, lr_ref)
+        trial, moved = self._learn(tried, lr_ref, None, still=alone)
         told: tuple[Action, str] | None = None if moved is None else ("margin", moved)
         if alone and trial == "roomy":
             told = "raise", self._relieved(tried, planned)
@@ -370,14 +376,14 @@ class Controller:
         return judged(found.trial_lr / planned, self.policy.trial_slack, failed=found.trial_failed)
 
     def _learn(
-        self, found: Measurement, lr_ref: float, jump: str | None, shape: float, *, still: bool = False
+        self, found: Measurement, lr_ref: float, jump: str | None, *, still: bool = False
     ) -> tuple[Trial | None, str | None]:
         """Moves the multiple by what trial steps found; `still`: not upwards, since it is the limit that is to rise.
 
         A margin that already is at its ceiling raises it no further. Small moves are told once they add up.
         """
         state, old = self.state, self.margin_at(self.state.told)
-        planned = self.planned(found.lr_limit, lr_ref, shape)
+        planned = self.planned(found.lr_limit, lr_ref)
         trial = self._verdict(found, planned)
         if trial is None or found.trial_lr is None or not self.policy.learns:
             return None, None

@@ -87,8 +87,9 @@ def cut(control: Controller) -> str | None:
     unit = control.annealed_share * limit
     multiple = learned_multiple(state.multiple, "bad", used=state.cap / unit, least=MULTIPLE_DRIFT)
     margin = control.margin_at(multiple)
-    cap = min(state.cap, max(state.cap / STEP, MULTIPLE_DRIFT * unit), margin * limit)
-    moves = {"margin": (state.margin, margin), "cap": (state.cap, cap)}
+    held = min(state.cap, state.margin * limit)  # at the coming update, were nothing cut
+    cap = min(held, max(state.cap / STEP, MULTIPLE_DRIFT * unit), margin * limit)
+    moves = {"margin": (state.margin, margin), "cap": (held, cap)}
     told = [f"{name} {old:.3g} -> {new:.3g}" for name, (old, new) in moves.items() if new < old]
     _keep_calm(control, CALM_UPDATES)
     if not told:

@@ -81,7 +81,6 @@ class Decider:
         self.history: deque[Decision] = deque(maxlen=HISTORY)
         self.last_measurement: Measurement | None = None
         self._warned: set[str] = set()
-        self._decays: list[tuple[float | None, float | None]] = []  # of each group at the last update
 
     @property
     def state(self) -> State:
@@ -111,8 +110,8 @@ class Decider:
         if self.rewinder is not None and self._refused(self.rewinder, size, loss, observed):
             return
         early = self._outdated()
-        before, self._decays = self._decays, self.ensemble.decays()
-        if control.follows(turned=self._decays != before):
+        before, state.decays = state.decays, self.ensemble.decays()
+        if control.follows(turned=state.decays != before):
             control.follow(self._rules())
         usual, alarm = state.trend, state.trend.alarming(size)
         state.felt(size)
@@ -219,18 +218,18 @@ class Decider:
         state = self.state
         if state.cap is None or not self.controller.can_try:
             return False
-        found = self._tried(closures, min(state.cap, self.controller.cap_under(state.figures["lr_limit"])), 1.0)
+        found = self._tried(closures, min(state.cap, self.controller.cap_under(state.figures["lr_limit"])))
         state.count(found)
         return self.controller.harmless(found)
 
-    def _tried(self, closures: list[Closure], lr_ref: float, shape: float) -> Measurement:
+    def _tried(self, closures: list[Closure], lr_ref: float) -> Measurement:
         """Tries the coming step at some lrs; whatever goes wrong becomes the `failure`."""
         limit = self.state.figures["lr_limit"]
         try:
             found = self.instrument.try_steps(
                 closures,
                 self.rates.present_shares(),
-                lambda found: self.controller.lr_to_try(found, limit, lr_ref, shape, measured=False),
+                lambda found: self.controller.lr_to_try(found, limit, lr_ref, measured=False),
             )
         except Exception as error:  # noqa: BLE001 (raised again or recorded)
             found = self._excused(error)
@@ -240,11 +239,11 @@ class Decider:
     def _try(self, closures: list[Closure]) -> None:
         """Between measurements, while the cap binds: lets trial steps alone move the learned margin."""
         state = self.state
-        found = self._tried(closures, self.rates.wanted, self.rates.shape)
+        found = self._tried(closures, self.rates.wanted)
         state.count(found)
         state.trial_cost += found.cost
         lr = self.rates.applied[self.rates.reference]
-        told = self.controller.settle_trial(found, self.rates.wanted, self.rates.shape)
+        told = self.controller.settle_trial(found, self.rates.wanted)
         self.rates.apply(self.state.cap)
         if told is None and found.failure is not None:
             told = "hold", f"{found.failure}; the cap {state.cap:.3g} stays"
@@ -254,7 +253,7 @@ class Decider:
 
     def _measured(self, closures: list[Closure], budget: float, *, fixed: bool) -> Measurement:
         """Measures the coming step; whatever goes wrong becomes the measurement's `failure`."""
-        state, control, lr_ref, shape = self.state, self.controller, self.rates.wanted, self.rates.shape
+        state, control, lr_ref = self.state, self.controller, self.rates.wanted
         shares, flips = self.rates.present_shares(), state.flips
         control.starts(self._rules())
         try:
@@ -265,7 +264,7 @@ class Decider:
                 budget=budget,
                 fixed=fixed,
                 search_from=self.rates.lr_ref / control.policy.trial_slack,
-                try_lr=lambda found: control.lr_to_try(found, control.in_force(found.lr_limit), lr_ref, shape),
+                try_lr=lambda found: control.lr_to_try(found, control.in_force(found.lr_limit), lr_ref),
             )
             if found.note == UNSCALED:
                 self.warn_once("scaled", f"safe_lr could not measure: {found.failure}.")
@@ -304,9 +303,9 @@ class Decider:
         before = self.rates.applied[group]
         if found.failure is None:
             self.instrument.keep(found)
-            found = self.controller.weighed(found, self.rates.wanted, self.rates.shape, alarm=jump is not None)
+            found = self.controller.weighed(found, self.rates.wanted, alarm=jump is not None)
             state.moving = self.ensemble.moving()
-        _, moved = self.controller.settle(found, lr_ref=self.rates.wanted, jump=jump, shape=self.rates.shape)
+        _, moved = self.controller.settle(found, lr_ref=self.rates.wanted, jump=jump)
         self.rates.apply(self.state.cap)
         after = self.rates.applied[group]
         if found.failure is None:
@@ -316,7 +315,9 @@ class Decider:
         self._record(*self._explained(found, before, after), found, before, after)
 
     def _explained(self, found: Measurement, before: float, after: float) -> tuple[Action, str]:
-        return self.state.explain(found, before, after, capped=self.rates.capped, annealed=self.controller.annealed)
+        return self.state.explain(
+            found, before, after, capped=self.rates.capped, annealed=self.controller.annealed_part
+        )
 
     def _tune(self, found: Measurement, *, usual: bool) -> None:
         """After a measurement, `usual` unless something looked wrong or the last one was of another time: moves betas.

@@ -289,6 +289,7 @@ def learned_growth(growth: float, *, updates: int, trial: Trial | None) -> float
 
 
 def _power(growth: float, times: int) -> float:
+    """`growth ** times`, infinite where Python raises OverflowError."""
     return math.inf if times * math.log(growth) > 700 else float(growth**times)
 
 

@@ -1,5 +1,6 @@
 """follow_limit=True: no lr to choose."""
 
+import copy
 import json
 
 import pytest
@@ -160,3 +161,66 @@ def test_where_no_update_follows_a_guard_gives_the_lr_back():
     with pytest.raises(Exception, match="^$"):
         optimizer.step()
     assert optimizer.param_groups[0]["lr"] == 5.0
+
+
+class Noisy:
+    """A net trained on noisy targets, by a learned margin."""
+
+    def __init__(self, optimizer, schedule=None):
+        torch.manual_seed(0)
+        self.teacher = torch.nn.Sequential(torch.nn.Linear(10, 20), torch.nn.Tanh(), torch.nn.Linear(20, 1))
+        self.model = torch.nn.Sequential(torch.nn.Linear(10, 32), torch.nn.ReLU(), torch.nn.Linear(32, 1))
+        self.optimizer = optimizer(self.model)
+        self.scheduler = CoherenceScheduler(self.optimizer, schedule, follow_limit=True)
+
+    def train(self, steps):
+        """Returns the lrs of these updates."""
+        return [self.step(number) for number in steps]
+
+    def step(self, number):
+        draw = torch.Generator().manual_seed(number)
+        x = torch.randn(64, 10, generator=draw)
+        y = self.teacher(x).detach() + 0.1 * torch.randn(64, 1, generator=draw)
+
+        def loss():
+            return ((self.model(x) - y) ** 2).mean()
+
+        self.optimizer.zero_grad()
+        loss().backward()
+        self.scheduler.observe(loss)
+        self.optimizer.step()
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.scheduler.step()
+        return lr
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda model: torch.optim.Adam(model.parameters()),
+        lambda model: torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9),
+    ],
+)
+def test_a_low_shape_does_not_wind_the_margin_up(optimizer):
+    """Trial steps judge the cap, not the part of it that is applied, which has room whatever the cap is."""
+    whole = Noisy(optimizer)
+    small = Noisy(optimizer, lambda opt: LambdaLR(opt, lambda step: 1.0 if step < 13 else 0.05))
+    for run in (whole, small):
+        run.train(range(100))
+    caps = [run.scheduler.summary().cap for run in (whole, small)]
+    assert caps[1] < 2 * caps[0]  # judged as if at the cap: 14 and 3 times
+
+
+def two_groups(model):
+    first, second = model[0].parameters(), model[2].parameters()
+    return torch.optim.AdamW([{"params": first}, {"params": second, "betas": (0.8, 0.99)}])
+
+
+@pytest.mark.parametrize("optimizer", [two_groups, lambda model: torch.optim.SGD(model.parameters(), momentum=0.9)])
+@pytest.mark.parametrize("at", [105, 143])
+def test_a_resumed_run_goes_on_to_the_bit_where_decays_are_read_at_every_tenth_update(optimizer, at):
+    run, resumed = Noisy(optimizer), Noisy(optimizer)
+    run.train(range(at))
+    for name in ("model", "optimizer", "scheduler"):
+        getattr(resumed, name).load_state_dict(copy.deepcopy(getattr(run, name).state_dict()))
+    assert resumed.train(range(at, at + 40)) == run.train(range(at, at + 40))

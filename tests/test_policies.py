@@ -32,6 +32,7 @@ from safe_lr.policies import (
     MARGIN_SEARCHED,
     MARGIN_YOUNG,
     MATURE,
+    MULTIPLE_DRIFT,
     MULTIPLE_FAILED,
     MULTIPLE_LEAST,
     MULTIPLE_LOW,
@@ -495,8 +496,8 @@ def test_small_moves_of_the_margin_are_told_once_they_add_up() -> None:
 
 
 @pytest.mark.parametrize("beta1", [0.9, 0.96])
-def test_what_did_harm_cuts_at_least_as_far_as_a_failed_trial(beta1):
-    def control():
+def test_what_did_harm_cuts_at_least_as_far_as_a_failed_trial(beta1: float) -> None:
+    def control() -> Controller:
         made = Controller(Policy(), least_cost=8.0)
         made.settle(Measurement(lr_limit=1.0), lr_ref=10.0, jump=None)
         made.state.updates, made.state.share = 90, (1 - beta1) / (1 + beta1)
@@ -513,7 +514,7 @@ def test_what_did_harm_cuts_at_least_as_far_as_a_failed_trial(beta1):
     assert once.state.multiple == pytest.approx(min(MULTIPLE_FAILED, MARGIN_MIN / once.annealed_share))
     assert once.state.multiple <= MULTIPLE_FAILED
 
-    def after(jump):
+    def after(jump: str | None) -> float:
         made = control()
         bad = Measurement(lr_limit=1.0, trial_lr=made.state.margin, loss=1.0, trial_loss=9.0)
         made.settle(bad, lr_ref=10.0, jump=jump)
@@ -522,7 +523,7 @@ def test_what_did_harm_cuts_at_least_as_far_as_a_failed_trial(beta1):
     assert after("the loss jumped") == after(None) < before
 
 
-def test_a_rewind_keeps_the_calm_of_a_cut_since_the_snapshot():
+def test_a_rewind_keeps_the_calm_of_a_cut_since_the_snapshot() -> None:
     control = Controller(Policy(), least_cost=8.0)
     control.settle(Measurement(lr_limit=0.2), lr_ref=1.0, jump=None)
     saved = control.state.state_dict()
@@ -532,12 +533,31 @@ def test_a_rewind_keeps_the_calm_of_a_cut_since_the_snapshot():
     assert control.state.calm_until == 5 + CALM_UPDATES
 
 
-def test_what_an_older_state_was_told_of_is_its_own_margin():
+def test_what_an_older_state_was_told_of_is_its_own_margin() -> None:
     saved = State(multiple=6.0, margin=0.3, updates=700, expected_cost=8.0).state_dict()
     del saved["told"], saved["tried_at"]
     older = State.from_state_dict(saved)
     assert (older.told, older.tried_at) == (6.0, 700)
 
 
-def test_a_growth_beyond_all_numbers_is_no_error():
+def test_a_growth_beyond_all_numbers_is_no_error() -> None:
     assert learned_growth(1e100, updates=50, trial="roomy") == math.inf
+
+
+def test_what_annealing_alone_has_lowered_is_not_told_as_a_cut() -> None:
+    control = Controller(Policy(), least_cost=8.0)
+    state = replace(control.state, updates=500, share=0.5, multiple=MULTIPLE_DRIFT, figures={"lr_limit": 1.0})
+    control.state = state
+    control.anneal()
+    state.cap = state.margin  # of update 500
+    state.updates = 501
+    control.anneal()
+    assert state.margin < state.cap and cut(control) is None
+
+
+def test_a_margin_below_its_ceiling_is_told_as_annealed_only_by_as_much_as_it_is() -> None:
+    for ceiling, part in ((8.0, annealed(800)), (0.05, 1.0), (0.7, annealed(800) / 0.7)):
+        control = Controller(Policy(margin_max=ceiling), least_cost=8.0)
+        control.state.updates, control.state.share = 800, 0.5
+        control.anneal()
+        assert control.annealed_part == pytest.approx(part, rel=1e-12)
