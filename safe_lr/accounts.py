@@ -20,14 +20,14 @@ FIGURES = ("lr_limit", "gamma", "lambda_max", "p_min", "p_eff")
 """A measurement's figures that stay in force until the next one."""
 
 COUNTED = (
-    "updates", "measurements", "failures", "num_matvecs", "cost", "look_cost", "trial_cost", "seconds", "capped_steps",
-    "first_capped_step", "worst_utilisation", "hvp", "checked", "course",
+    "updates", "held", "measurements", "failures", "num_matvecs", "cost", "look_cost", "trial_cost", "seconds",
+    "capped_steps", "first_capped_step", "worst_utilisation", "hvp", "checked", "course",
 )  # fmt: skip
 """What a run has done and spent stays so, also where it goes back to an earlier state."""
 
 LIMITED = (
-    "cap", "measured_limit", "flips", "share", "votes", "alone", "moving", "following", "figures", "expected_cost",
-    "gap", "measured_at", "usual", "lowest", "cuts",
+    "cap", "crest", "measured_limit", "flips", "share", "votes", "alone", "moving", "following", "figures",
+    "expected_cost", "gap", "measured_at", "usual", "lowest", "cuts",
 )  # fmt: skip
 """What a measurement leaves behind."""
 
@@ -40,7 +40,10 @@ class State:
     margin: float  # in force
     expected_cost: float  # of the next routine measurement
     updates: int = 0
+    held: int = 0  # updates at which the cap held lr back, the first one apart: the run's length as far as lr is ours
+    holding: bool = False  # whether it does so at the coming one
     cap: float | None = None
+    crest: float | None = None  # what the cap, before annealing, may not rise above again in a steady run
     measured_limit: float = math.nan  # `figures["lr_limit"]` follows it and c from one measurement to the next
     flips: list[float | None] = field(default_factory=list)  # each parameter's c at that measurement, None: no gradient
     share: float = 1.0  # the noise limit as a part of lr_limit, at the coming step
@@ -54,7 +57,7 @@ class State:
     hvp: str | None = None  # how the last good measurement made its products
     checked: bool = False  # whether the closure was seen to be deterministic, or not to be
     trial: Trial | None = None  # what the last trial steps found
-    tried_at: int = 0  # updates at them
+    tried_at: int = 0  # `held` at them
     told: float = MULTIPLE_START  # the multiple when a decision last told of it
     calm_until: int = 0  # after a rewind or a cut at a rise: updates until trial steps may raise the multiple again
     retry: int = 0  # updates until a failed measurement is tried again; 0 after a good one
@@ -124,6 +127,7 @@ class State:
         limit = self.figures.get("lr_limit")
         self.course.step(self.updates, desired=desired, applied=applied, cap=self.cap, lr_limit=limit)
         self.updates += 1
+        self.held, self.holding = self.held + self.holding, False  # one without gradients is none
 
     def keep(self, found: Measurement) -> None:
         """Keeps a measurement's figures until the next one."""
@@ -134,7 +138,14 @@ class State:
         self.figures.update({name: value for name in FIGURES if (value := getattr(found, name)) is not None})
 
     def explain(
-        self, found: Measurement, before: float, after: float, *, capped: bool, annealed: float = 1.0
+        self,
+        found: Measurement,
+        before: float,
+        after: float,
+        *,
+        capped: bool,
+        annealed: float = 1.0,
+        highest: float = math.inf,
     ) -> tuple[Action, str]:
         """Returns what a measurement did to the lr of the reference group, and the sentence that says why.
 
@@ -142,7 +153,8 @@ class State:
             found: The measurement.
             before, after: That lr.
             capped: Whether it is below the desired one.
-            annealed: What the run's length has left of the margin.
+            annealed: What the updates at the cap have left of the margin, or of the crest where that is what binds.
+            highest: What the cap may not rise above: the crest, so annealed.
         """
         if found.failure is not None:
             held = "there is no cap yet: the desired lr is applied"
@@ -151,8 +163,11 @@ class State:
             return "hold", f"{found.failure}; {held}"
         limit = "limit" if found.curvature != "trial" else "largest lr that lowers the batch's loss (no limit exists)"
         allowed = f"{self.margin:.3g} x {limit} {found.lr_limit:.3g}"
-        if annealed < 0.995:  # two digits
-            allowed += f" (the margin annealed to {annealed:.2g} by the run's length)"
+        shortened = f"annealed to {annealed:.2g} after {self.held} updates at the cap" if annealed < 0.995 else ""
+        if self.margin * found.lr_limit > highest:
+            allowed = f"its crest {self.crest:.3g}{', ' * bool(shortened)}{shortened}; {allowed} would be more"
+        elif shortened:
+            allowed += f" (the margin {shortened})"
         if found.hvp in DIFFERENCES:
             allowed += f" (products by {'one-sided ' * (found.hvp == 'one-sided')}finite differences)"
         if found.note is not None:
@@ -165,7 +180,11 @@ class State:
                 "add up, the closure must return the sum of their losses)"
             )
         if after < before:
-            return "cap", f"lr {before:.3g} is above the cap {self.cap:.3g} = {allowed}"
+            there = math.isclose(self.cap or 0.0, min(self.margin * found.lr_limit, highest), rel_tol=1e-3)
+            return (
+                "cap",
+                f"lr {before:.3g} is above the cap {self.cap:.3g}{' = ' if there else ', on its way to '}{allowed}",
+            )
         if after > before:
             return "raise", f"lr may rise from {before:.3g} to the cap {self.cap:.3g}, on its way to {allowed}"
         if capped:
@@ -292,6 +311,7 @@ class State:
                 # not in states of the first versions:
                 "course": Course.from_state_dict(state_dict.get("course", {})),
                 "told": state_dict.get("told", state_dict["multiple"]),
+                "held": state_dict.get("held", state_dict["updates"]),
                 "tried_at": state_dict.get("tried_at", state_dict["updates"]),
                 "decays": [(first, second) for first, second in state_dict.get("decays", [])],
             }

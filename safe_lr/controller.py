@@ -29,6 +29,7 @@ from safe_lr.policies import (
     MULTIPLE_FAILED,
     MULTIPLE_START,
     ROOM,
+    STEADY_FROM,
     TOLD,
     VOTES,
     Policy,
@@ -39,6 +40,7 @@ from safe_lr.policies import (
     learned_multiple,
     median_limit,
     next_cap,
+    next_crest,
     next_rung,
     pace,
     rungs,
@@ -59,6 +61,7 @@ class Controller:
         follows_gradients: Whether P is made of gradients at all.
         searched: Whether the limit is found by trial steps instead of measured.
         tolerance: The optimizer's own factor on the noise limit.
+        shrinks: Whether steps shrink by themselves, see `Preconditioner.shrinks`.
 
     Attributes:
         state: What a resumed run must remember.
@@ -83,12 +86,14 @@ class Controller:
         follows_gradients: bool = False,
         searched: bool = False,
         tolerance: float = 1.0,
+        shrinks: bool = False,
     ) -> None:
         if searched and policy.learns:
             policy = replace(policy, margin_max=min(policy.margin_max, MARGIN_SEARCHED))
         self.policy, self.least_cost = policy, least_cost
         self.momentum, self.unaveraged = momentum, unaveraged
         self.follows_gradients, self.searched, self.tolerance = follows_gradients, searched, tolerance
+        self.shrinks = shrinks
         margin = policy.margin_at(MULTIPLE_START, 1.0, young=True)
         self.state = State(MULTIPLE_START, margin, expected_cost=least_cost)
 
@@ -159,8 +164,8 @@ class Controller:
         """Returns the cap that a limit allows now."""
         state, growth = self.state, self.policy.growth
         if self.policy.learns:
-            growth = learned_growth(growth, updates=state.updates, trial=state.trial)
-        return next_cap(state.cap, state.margin * lr_limit, growth, free=self.young)
+            growth = learned_growth(growth, held=state.held, trial=state.trial)
+        return min(next_cap(state.cap, state.margin * lr_limit, growth, free=self.young), self.highest)
 
     def planned(self, lr_limit: float, lr_ref: float) -> float:
         """Returns the lr of the coming step under the present margin, in units of lr_ref.
@@ -236,9 +241,20 @@ class Controller:
         return None if self.state.cap is None else pressure(lr_ref, self.state.cap, longer=longer)
 
     @property
+    def highest(self) -> float:
+        """What the cap may not rise above: the annealed crest, infinite where there is none to hold it down."""
+        crest = self.state.crest
+        binds = crest is not None and self._learns_from_noise and self.state.held > STEADY_FROM
+        return crest * self.annealed if crest is not None and binds else math.inf
+
+    @property
     def annealed(self) -> float:
-        """What is left of the noise limit, where the margin is learned from it."""
-        return 1.0 if self.searched or not self.policy.learns else annealed(self.state.updates)
+        """What is left of the noise limit; all of it where the margin is not learned, or steps shrink by themselves."""
+        return annealed(self.state.held) if self._learns_from_noise and not self.shrinks else 1.0
+
+    @property
+    def _learns_from_noise(self) -> bool:
+        return self.policy.learns and not self.searched
 
     @property
     def annealed_share(self) -> float:
@@ -256,9 +272,24 @@ class Controller:
         """What an alarm or a rewind may cut the multiple to."""
         return min(MULTIPLE_FAILED, MARGIN_MIN / self.annealed_share)
 
+    def begin(self, lr_ref: float) -> None:
+        """Before each update is decided on: takes in whether the cap holds lr back, and sets a learned margin anew.
+
+        Args:
+            lr_ref: The lr that is wanted. Where lr follows the cap it is infinite, but 0 while a warm-up lets only a
+                part of the cap through.
+        """
+        state = self.state
+        if state.cap is None:
+            state.holding = state.updates == 0  # whose cap comes with its measurement
+        else:
+            state.holding = lr_ref > state.cap
+            if self._learns_from_noise and not self.young:
+                state.crest = next_crest(state.crest, state.cap, held=state.held)
+        self.anneal()
+
     def anneal(self) -> None:
-        """Sets the margin anew: where it is learned it falls with the run's length. To be called before each update is
-        decided on."""
+        """Sets the margin anew: where it is learned it falls while the cap holds lr back."""
         self.state.margin = self.margin_at(self.state.multiple)
 
     def follows(self, *, turned: bool) -> bool:
@@ -380,7 +411,8 @@ class Controller:
     ) -> tuple[Trial | None, str | None]:
         """Moves the multiple by what trial steps found; `still`: not upwards, since it is the limit that is to rise.
 
-        A margin that already is at its ceiling raises it no further. Small moves are told once they add up.
+        A margin that already is at its ceiling raises it no further, nor one that allows all that is wanted or more
+        than the crest does, towards which the cap is on its way. Small moves are told once they add up.
         """
         state, old = self.state, self.margin_at(self.state.told)
         planned = self.planned(found.lr_limit, lr_ref)
@@ -394,6 +426,9 @@ class Controller:
         again, unit = state.trial in FAILED, self.annealed_share * found.lr_limit
         state.trial = trial
         still = still or state.multiple * self.annealed_share >= self.policy.margin_max
+        still = still or state.margin * found.lr_limit >= min(
+            self.highest, lr_ref
+        )  # else it would be wound up meanwhile
         searched = found.trial_lr / unit if self.young and not found.trial_failed else None
         state.multiple = learned_multiple(
             state.multiple,
@@ -402,9 +437,9 @@ class Controller:
             again=again,
             least=None if jump is None else self.least_after_harm,
             found=searched,
-            step=pace(state.updates, state.tried_at),
+            step=pace(state.held, state.tried_at),
         )
-        state.tried_at = state.updates
+        state.tried_at = state.held
         self.anneal()
         if abs(math.log(state.margin / old)) < math.log(TOLD):
             return trial, None

@@ -87,7 +87,7 @@ def cut(control: Controller) -> str | None:
     unit = control.annealed_share * limit
     multiple = learned_multiple(state.multiple, "bad", used=state.cap / unit, least=MULTIPLE_DRIFT)
     margin = control.margin_at(multiple)
-    held = min(state.cap, state.margin * limit)  # at the coming update, were nothing cut
+    held = min(state.cap, state.margin * limit, control.highest)  # at the coming update, were nothing cut
     cap = min(held, max(state.cap / STEP, MULTIPLE_DRIFT * unit), margin * limit)
     moves = {"margin": (state.margin, margin), "cap": (held, cap)}
     told = [f"{name} {old:.3g} -> {new:.3g}" for name, (old, new) in moves.items() if new < old]

@@ -106,7 +106,7 @@ class Decider:
         size = self.ensemble.gradient_norm()
         if size is None:
             return  # no gradients: nothing moves
-        control.anneal()
+        control.begin(self.rates.asked_of_cap)
         if self.rewinder is not None and self._refused(self.rewinder, size, loss, observed):
             return
         early = self._outdated()
@@ -273,6 +273,8 @@ class Decider:
         except Exception as error:  # noqa: BLE001 (raised again or recorded)
             found = self._excused(error)
         if found.failure is None:
+            if state.crest is not None:
+                state.crest *= self.rates.rescaled(shares)
             self.rates.shares = shares
             state.hvp = found.hvp
         else:
@@ -315,8 +317,15 @@ class Decider:
         self._record(*self._explained(found, before, after), found, before, after)
 
     def _explained(self, found: Measurement, before: float, after: float) -> tuple[Action, str]:
-        return self.state.explain(
-            found, before, after, capped=self.rates.capped, annealed=self.controller.annealed_part
+        control, state = self.controller, self.state
+        crested = state.margin * found.lr_limit > control.highest
+        return state.explain(
+            found,
+            before,
+            after,
+            capped=self.rates.capped,
+            annealed=control.annealed if crested else control.annealed_part,
+            highest=control.highest,
         )
 
     def _tune(self, found: Measurement, *, usual: bool) -> None:

@@ -93,6 +93,11 @@ class Ensemble:
         return max(model.tolerance for model in self.models)
 
     @property
+    def shrinks(self) -> bool:
+        """Whether every member's steps shrink by themselves: see `Preconditioner.shrinks`."""
+        return all(model.shrinks for model in self.models)
+
+    @property
     def unaveraged(self) -> float:
         """How many times higher the noise limit is where steps are made of single gradients: the smallest of the
         members whose P is made of past ones, 1 where there is none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +14,10 @@ from safe_lr.movers import shares
 
 DRIFT = 1.1
 """A group's share of lr_ref may grow by this factor before the measured limit counts as outdated."""
+
+
+ROUNDING, NEARLY = 1e-6, 0.99
+"""LinearLR ends an ulp or two below the lr that it goes up to, OneCycleLR some tenths of a per cent."""
 
 
 class Rates:
@@ -71,16 +76,45 @@ class Rates:
         return math.inf if self.follow else self.lr_ref
 
     @property
+    def asked_of_cap(self) -> float:
+        """What tells whether the cap holds lr back: `wanted`, but 0 where lr follows the cap and a schedule is still
+        warming up: nowhere below its highest lr so far, which is not yet the largest."""
+        warming = self._top * (1 - ROUNDING) <= self.lr_ref < self._named_top * NEARLY
+        return 0.0 if self.follow and warming else self.wanted
+
+    def rescaled(self, shares: Sequence[float]) -> float:
+        """Returns by what to multiply an lr_ref of the last measurement where these shares are those of the next: the
+        group that was the unit may have become a part of it.
+
+        Example:
+            >>> import torch
+            >>> rates = Rates(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0))
+            >>> rates.rescaled([1.0])
+            1.0
+            >>> rates.shares = [1.0]
+            >>> rates.rescaled([0.25, 1.0])                               # a group of four times that lr was added
+            4.0
+        """
+        if not self.shares:
+            return 1.0
+        share = shares[max(range(len(self.shares)), key=self.shares.__getitem__)]
+        return 1 / share if share > 0 else 1.0
+
+    @property
     def shape(self) -> float:
         """Where lr follows the cap, what part of it the schedule lets through: its lr in units of its largest one.
 
         That is `max_lr` where a group has it (OneCycleLR), else `initial_lr`, or the largest so far where that is
         larger (CyclicLR) or nobody wrote it (ReduceLROnPlateau, a loop by hand).
         """
-        groups = self.optimizer.param_groups
-        named = (float(group.get("max_lr", group.get("initial_lr", 0.0))) for group in groups)
-        top = max(self.lr_ref, self._top, *named)
+        top = max(self.lr_ref, self._top, self._named_top)
         return self.lr_ref / top if self.follow and top > 0 else 1.0
+
+    @property
+    def _named_top(self) -> float:
+        """The largest lr that the groups say their schedule goes up to."""
+        groups = self.optimizer.param_groups
+        return max(float(group.get("max_lr", group.get("initial_lr", 0.0))) for group in groups)
 
     @property
     def asked(self) -> list[float]:

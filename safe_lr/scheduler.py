@@ -52,8 +52,9 @@ class CoherenceScheduler(LRScheduler):
         bound: `momentum` (c / gamma, exact with momentum), `coherence` (2 / gamma) or `lemma1` (2 p_min / lambda_max,
             the source paper's worst case, usually a hundred times too small for Adam).
         margin: The fraction of the limit that may be used: a number in (0, 1] kept strictly, or "auto", learned by
-            trial steps on the measured batch (a margin above 1 is recorded as `beyond_linear_limit`) and annealed from
-            update 100 on, to a half by update 1,600.
+            trial steps on the measured batch (a margin above 1 is recorded as `beyond_linear_limit`). Once the cap has
+            held lr back for 100 updates it is annealed, to a half after 1,600 (not Adagrad's), and the cap rises no
+            further than it was.
         margin_max: Largest learned margin (with margin="auto"); 1 never leaves the linearly stable region.
         trial_slack: With a learned margin the coming step lengthened by `1 / trial_slack` (twice as long by default)
             must not raise the batch's loss, or the margin falls (in the first 13 updates: the coming step itself); if

@@ -50,6 +50,7 @@ from safe_lr.policies import (
     learned_multiple,
     median_limit,
     next_cap,
+    next_crest,
     next_rung,
     noise_share,
     pace,
@@ -161,9 +162,9 @@ def test_trial_steps_go_from_long_to_short_and_each_says_something_else(slack: f
 
 
 def test_the_cap_catches_up_where_there_is_room_and_waits_after_a_failure() -> None:
-    rises = {trial: learned_growth(1.02, updates=1000, trial=trial) for trial in ("roomy", "fine", "tight", "bad")}
+    rises = {trial: learned_growth(1.02, held=1000, trial=trial) for trial in ("roomy", "fine", "tight", "bad")}
     assert rises == {"roomy": 1.02**CATCH_UP, "fine": 1.0005, "tight": 1.0, "bad": 1.0}
-    assert learned_growth(1.0, updates=5, trial="roomy") == 1.0  # growth=1 keeps its word
+    assert learned_growth(1.0, held=5, trial="roomy") == 1.0  # growth=1 keeps its word
 
 
 def test_gaps() -> None:
@@ -383,9 +384,13 @@ def test_the_noise_limit_is_annealed_by_a_power_of_the_runs_length_to_a_half() -
     assert [annealed(updates) for updates in (1_600, 10**9)] == [ANNEALED_TO, ANNEALED_TO]
 
 
+FREE_BEFORE = 700
+"""Updates at which the cap held nothing back: they count for no rule of the run's length."""
+
+
 def updated(made: Controller, updates: int) -> float:
-    """The cap at that update, as it is decided on."""
-    made.state.updates = updates
+    """The cap after so many updates at it, as it is decided on."""
+    made.state.updates, made.state.held = updates + FREE_BEFORE, updates
     made.anneal()
     made.state.cap = made.cap_under(made.state.figures["lr_limit"])
     return made.state.cap
@@ -407,7 +412,7 @@ def test_a_learned_margin_is_annealed_between_measurements(
 ) -> None:
     made = Controller(policy, least_cost=8.0, **options)
     made.starts([UpdateRule()])
-    made.state.updates = 100
+    made.state.updates, made.state.held = 100 + FREE_BEFORE, 100
     made.anneal()
     made.settle(Measurement(lr_limit=1.0), lr_ref=100.0, jump=None)
     first, multiple = updated(made, 100), made.state.multiple
@@ -419,9 +424,12 @@ def test_a_learned_margin_is_annealed_between_measurements(
 
 
 def late(multiple: float, updates: int, *, share: float = 1.0, tried_at: int = 0) -> Controller:
-    """A run of that length under that multiple, whose cap is what holds lr back."""
+    """A run under that multiple whose cap has held lr back for so many updates; before them lr was below it."""
     made = Controller(Policy(), least_cost=8.0)
-    made.state = replace(made.state, multiple=multiple, told=multiple, updates=updates, share=share, tried_at=tried_at)
+    length = updates + FREE_BEFORE
+    made.state = replace(
+        made.state, multiple=multiple, told=multiple, updates=length, held=updates, share=share, tried_at=tried_at
+    )
     made.state.figures["lr_limit"], made.state.measured_limit, made.state.flips = 1.0, 1.0, [2.0]
     made.anneal()
     made.state.cap = made.state.margin
@@ -471,6 +479,174 @@ def test_where_every_trial_step_finds_room_lr_rises_like_the_runs_length_however
     """As the multiple does, less annealing. In full steps it would be at MULTIPLE_MOST by update 500."""
     runs = [with_room(gap, 1_500) for gap in (20, 50, 100)]
     assert all(run[1_500] / run[300] == pytest.approx((1_500 / 300) ** (1 - ANNEALING), rel=0.05) for run in runs)
+
+
+# ---- the crest
+
+
+def test_the_crest_is_the_highest_cap_until_it_has_held_lr_back_for_a_hundred_updates() -> None:
+    crest, seen = None, []
+    for count, cap in {13: 1.0, 60: 3.0, 99: 2.0, 100: 2.5, 101: 7.0, 5_000: 1.0}.items():
+        crest = next_crest(crest, cap, held=count)
+        seen.append(crest)
+    assert seen == [1.0, 3.0, 3.0, 3.0, 3.0, 3.0]
+    assert next_crest(None, 7.0, held=101) is None  # a state of a version that knew of none
+
+
+def held(updates: int, wanted: float, limit: float, made: Controller) -> float:
+    """The cap at that update, where so much is wanted and the limit is that."""
+    made.state.updates, made.state.figures["lr_limit"] = max(made.state.updates, updates), limit
+    made.begin(wanted)
+    made.state.cap = made.cap_under(limit)
+    made.state.stepped(wanted, min(wanted, made.state.cap), capped=wanted > made.state.cap)
+    return made.state.cap
+
+
+def test_a_limit_that_rises_late_in_a_run_lifts_no_cap_that_holds_lr_back() -> None:
+    """It has mostly followed lr. Without a crest the cap would be at 2.7 by then."""
+    made = late(2.0, 99)
+    made.state.trial = "roomy"
+    caps = {updates: held(updates, 100.0, updates / 100, made) for updates in range(99, 1_000)}
+    assert caps[100] == pytest.approx(2.0, rel=0.01)
+    for updates in (101, 400, 999):
+        assert caps[updates] == pytest.approx(caps[100] * annealed(updates), rel=1e-12)
+    assert made.state.held == 1_000 and made.state.updates == 1_000 + FREE_BEFORE
+    # but what lies below it is given back as fast as ever
+    made.state.cap = caps[999] / 4
+    again = [held(updates, 100.0, 10.0, made) for updates in range(1_000, 1_020)]
+    assert again[0] == pytest.approx(caps[999] / 4 * 1.02**5) and again[-1] == pytest.approx(
+        caps[100] * annealed(1_019), rel=1e-12
+    )
+
+
+@pytest.mark.parametrize("wanted", [0.5, 0.0])  # less than the cap; a part of it, where lr follows it
+def test_updates_at_which_the_cap_holds_nothing_back_neither_anneal_it_nor_set_its_crest(wanted: float) -> None:
+    """A long warm-up is not to come upon a cap of its first hundred updates, annealed for its whole length."""
+    made = Controller(Policy(), least_cost=8.0)
+    made.starts([UpdateRule()])
+    made.settle(Measurement(lr_limit=1.0), lr_ref=100.0, jump=None)
+    for updates in range(1, 400):
+        held(updates, wanted, 1.0, made)
+    assert made.state.held == 0 and made.highest == math.inf and made.annealed == 1.0
+    assert made.state.cap == made.state.margin == MULTIPLE_START
+    after = [held(updates, 100.0, 1.0, made) for updates in range(400, 700)]
+    assert after[99] == MULTIPLE_START == made.state.crest and made.state.held == 300
+    assert after[-1] == pytest.approx(MULTIPLE_START * annealed(299), rel=1e-12)
+    for updates in range(700, 1_000):
+        held(updates, wanted, 1.0, made)
+    assert made.state.held == 300 and made.state.cap == pytest.approx(after[-1], rel=1e-2)
+
+
+@pytest.mark.parametrize(("cap", "said"), [(2.0, "is above the cap 2 = 2 x limit 1"), (0.5, "0.5, on its way to 2 x")])
+def test_a_cap_that_may_not_rise_at_once_is_told_to_be_on_its_way(cap: float, said: str) -> None:
+    made = late(2.0, 50)
+    made.state.cap = cap
+    action, reason = made.state.explain(Measurement(lr_limit=1.0), 100.0, cap, capped=True)
+    assert action == "cap" and said in reason
+
+
+def test_the_caps_of_a_young_run_are_no_part_of_its_crest() -> None:
+    made = Controller(Policy(), least_cost=8.0)
+    made.starts([UpdateRule()])
+    made.settle(Measurement(lr_limit=9.0), lr_ref=100.0, jump=None)
+    for updates in range(1, 200):
+        held(updates, 100.0, 9.0 if updates < FREE_UPDATES - 1 else 1.0, made)
+    assert made.state.crest == MULTIPLE_START
+
+
+def test_a_margin_that_allows_what_is_wanted_is_not_wound_up_while_the_cap_is_on_its_way() -> None:
+    """After one odd batch: each trial step at the low lr finds room."""
+    made = late(2.0, 20)
+    made.state.cap = 0.001
+    for gap in range(10):
+        held(1_000 + gap, 0.05, 1.0, made)
+        assert made.planned(1.0, 0.05) < 0.05
+        longest = ROOM / made.policy.trial_slack * made.planned(1.0, 0.05)
+        made.settle_trial(Measurement(lr_limit=1.0, loss=1.0, trial_loss=0.5, trial_lr=longest), 0.05)
+    assert made.state.trial == "roomy" and made.state.multiple == 2.0
+
+
+def test_while_the_crest_binds_trial_steps_do_not_wind_the_multiple_up() -> None:
+    """Else a limit that falls later would find a margin that nothing had tried."""
+    made = late(2.0, 100)
+    for updates in range(100, 400):
+        held(updates, 100.0, 1.0 if updates < 200 else 4.0, made)
+        longest = ROOM / made.policy.trial_slack * made.planned(made.state.figures["lr_limit"], 100.0)
+        before = made.state.multiple
+        if updates in (250, 350):
+            made.settle_trial(Measurement(lr_limit=4.0, loss=1.0, trial_loss=0.5, trial_lr=longest), 100.0)
+            assert made.state.trial == "roomy" and made.state.multiple == before
+    assert held(400, 100.0, 0.5, made) == pytest.approx(2.0 * annealed(400) * 0.5)
+
+
+@pytest.mark.parametrize(
+    ("policy", "options"), [(Policy(margin=1.0), {}), (Policy(), {"searched": True})], ids=["fixed", "searched"]
+)
+def test_a_margin_that_is_not_learned_from_noise_has_no_crest(policy: Policy, options: dict[str, Any]) -> None:
+    made = Controller(policy, least_cost=8.0, **options)
+    made.settle(Measurement(lr_limit=1.0), lr_ref=100.0, jump=None)
+    caps = [held(updates, 100.0, updates / 10, made) for updates in range(1, 1_000)]
+    assert made.state.crest is None and caps[-1] > 3 * caps[99]
+
+
+def test_an_lr_that_a_cap_holds_back_now_and_then_is_left_alone_in_between() -> None:
+    """A crest of the dips alone would lie below lr, and hold it back for good."""
+    made = late(2.0, 99)
+    made.state.held, made.state.trial = 0, "roomy"
+    for updates in range(99, 3_000):
+        dip = updates % 100 < 10
+        cap = held(updates, 1.2, 0.5 if dip else 1.0, made)
+        assert dip or updates % 100 < 60 or cap > 1.2
+    assert made.state.held > 2 * STEADY_FROM and made.state.crest == 2.0
+
+
+def test_updates_without_any_cap_are_no_part_of_the_run_that_is_annealed() -> None:
+    """A closure that comes late, or measurements that fail at first."""
+    made = Controller(Policy(), least_cost=8.0)
+    for _ in range(110):
+        made.begin(100.0)
+        made.state.stepped(100.0, 100.0, capped=False)
+    made.starts([UpdateRule()])
+    made.settle(Measurement(lr_limit=1.0), lr_ref=100.0, jump=None)
+    assert made.state.held == 1 and made.annealed == 1.0 and made.highest == math.inf
+
+
+def test_a_crest_of_a_learned_margin_does_not_bind_a_fixed_one_that_goes_on_from_it() -> None:
+    learned = late(2.0, 400)
+    learned.state.crest = 0.1
+    assert learned.cap_under(1.0) == pytest.approx(0.1 * annealed(400))
+    fixed = Controller(Policy(margin=0.5), least_cost=8.0)
+    fixed.restore(learned.state)
+    assert fixed.highest == math.inf and fixed.cap_under(1.0) == 0.5
+
+
+@pytest.mark.parametrize(("updates", "bound"), [(STEADY_FROM, False), (STEADY_FROM + 1, True)])
+def test_the_crest_binds_from_the_update_after_the_hundredth_on(updates: int, bound: bool) -> None:
+    made = late(2.0, updates)
+    made.state.crest = 0.1
+    assert (made.highest < math.inf) is bound and (made.cap_under(1.0) < 0.2) is bound
+
+
+def test_a_run_that_goes_back_to_before_its_first_limit_keeps_the_crest_with_the_cap() -> None:
+    made = late(2.0, 300)
+    made.state.crest = 0.7
+    earlier = Controller(Policy(), least_cost=8.0).state.state_dict()
+    go_back(made, earlier, 100.0)
+    assert made.state.crest == 0.7 and made.state.held == 300
+
+
+def test_a_cut_under_the_crest_tells_of_the_cap_that_there_was() -> None:
+    made = late(2.0, 400)
+    made.state.crest = made.state.cap = 0.2
+    told = cut(made)
+    assert told is not None and f"cap {0.2 * annealed(400):.3g} -> {0.2 / STEP:.3g}" in told
+
+
+def test_steps_that_shrink_by_themselves_are_not_annealed_but_have_a_crest() -> None:
+    made = Controller(Policy(), least_cost=8.0, shrinks=True)
+    made.state = replace(late(2.0, 99).state)
+    caps = [held(updates, 100.0, updates / 100, made) for updates in range(99, 1_000)]
+    assert caps[-1] == made.state.crest == 2.0 and made.annealed == 1.0
 
 
 def test_a_margin_at_its_ceiling_raises_the_multiple_no_further() -> None:
@@ -541,16 +717,16 @@ def test_what_an_older_state_was_told_of_is_its_own_margin() -> None:
 
 
 def test_a_growth_beyond_all_numbers_is_no_error() -> None:
-    assert learned_growth(1e100, updates=50, trial="roomy") == math.inf
+    assert learned_growth(1e100, held=50, trial="roomy") == math.inf
 
 
 def test_what_annealing_alone_has_lowered_is_not_told_as_a_cut() -> None:
     control = Controller(Policy(), least_cost=8.0)
-    state = replace(control.state, updates=500, share=0.5, multiple=MULTIPLE_DRIFT, figures={"lr_limit": 1.0})
+    state = replace(control.state, updates=500, held=500, share=0.5, multiple=MULTIPLE_DRIFT, figures={"lr_limit": 1.0})
     control.state = state
     control.anneal()
     state.cap = state.margin  # of update 500
-    state.updates = 501
+    state.updates = state.held = 501
     control.anneal()
     assert state.margin < state.cap and cut(control) is None
 
@@ -558,6 +734,6 @@ def test_what_annealing_alone_has_lowered_is_not_told_as_a_cut() -> None:
 def test_a_margin_below_its_ceiling_is_told_as_annealed_only_by_as_much_as_it_is() -> None:
     for ceiling, part in ((8.0, annealed(800)), (0.05, 1.0), (0.7, annealed(800) / 0.7)):
         control = Controller(Policy(margin_max=ceiling), least_cost=8.0)
-        control.state.updates, control.state.share = 800, 0.5
+        control.state.updates, control.state.held, control.state.share = 800, 800, 0.5
         control.anneal()
         assert control.annealed_part == pytest.approx(part, rel=1e-12)

@@ -782,7 +782,7 @@ def test_multiple_and_cap_are_cut_below_the_step_that_did_harm(wanted: float, us
 def test_after_going_back_room_raises_nothing_for_a_while() -> None:
     """The trial steps of the measurement that is due at once look as they did before the step that did harm."""
     control = Controller(Policy(), least_cost=8.0)
-    state = replace(control.state, updates=100, share=0.5, multiple=3.0, margin=1.5, cap=1.5, gap=40)
+    state = replace(control.state, updates=100, held=100, share=0.5, multiple=3.0, margin=1.5, cap=1.5, gap=40)
     control.state = replace(state, figures={"lr_limit": 1.0}, flips=[2.0])
     go_back(control, control.state.state_dict(), wanted=9.0)
     assert control.state.multiple == pytest.approx(2.0)
@@ -794,9 +794,9 @@ def test_after_going_back_room_raises_nothing_for_a_while() -> None:
 
     assert measured() == ("fine", pytest.approx(2.0))
     control.restore(State.from_state_dict(control.state.state_dict()))  # a resumed run is as calm
-    control.state.updates = 139
+    control.state.updates = control.state.held = 139
     assert measured() == ("fine", pytest.approx(2.0))
-    control.state.updates = 140
+    control.state.updates = control.state.held = 140
     assert measured() == ("roomy", pytest.approx(2.0 * 140 / 139))
 
 

@@ -380,6 +380,15 @@ def test_soap_says_what_it_cannot_turn() -> None:
         preconditioner_of(optimizer).diagonal(optimizer.param_groups[0], optimizer.state[x], torch.ones(2, 3))
 
 
+def test_only_what_sums_up_squares_for_ever_shrinks_its_own_steps() -> None:
+    package = pytest.importorskip("pytorch_optimizer")
+    x = torch.ones(2, 2, requires_grad=True)
+    makes = {True: [torch.optim.Adagrad, package.Shampoo], False: [torch.optim.RMSprop, torch.optim.Adam, package.SOAP]}
+    assert all(
+        preconditioner_of(make([x])).shrinks is shrinks for shrinks, several in makes.items() for make in several
+    )
+
+
 @pytest.mark.parametrize("name", ["SOAP", "Shampoo"])
 def test_what_is_kept_on_the_optimizer_is_found_there(name: str) -> None:
     """`maximize` stands in no group of these: climbing -L is descending L."""

@@ -42,6 +42,10 @@ class Preconditioner(ABC):
     """What `policies.UNAVERAGED` is multiplied by: how much more noise is stood where P is made of gradients, and steps
     of single ones."""
 
+    shrinks: ClassVar[bool] = False
+    """Whether P is a sum that grows for ever. Steps of one lr then shrink by themselves as the run goes on, the limit
+    rises, and a cap that does not rise with it (`policies.next_crest`) is enough: nothing is annealed on top."""
+
     decoupled: ClassVar[bool] = False
     """Whether `weight_decay` acts on the parameters directly instead of through the gradient."""
 

@@ -139,6 +139,7 @@ class Shampoo(Preconditioner):
     """
 
     kind = "local scale"
+    shrinks = True
     on_optimizer = ("maximize", "preconditioning_compute_steps")
 
     def diagonal(self, group: Group, state: State, g: Tensor) -> Tensor:
