@@ -121,6 +121,16 @@ def curve(result: dict[str, Any]) -> str:
     return markdown(["`credit`", "gradient evaluations on measuring, a step", "median gap at 100x", "worst"], rows)
 
 
+def longer(result: dict[str, Any]) -> str:
+    """Longer runs, and a long warm-up."""
+    rows = [
+        [row["row"], f"{row['tuned_lr']:g}", *(between(row[name]) for name in ("1x", "100x", "warm-up")),
+         f"{row['warm-up']['capped']:.0%}"]
+        for row in result["rows"]
+    ]  # fmt: skip
+    return markdown(["row", "tuned lr", "1x", "100x", "long warm-up, 1x", "capped there"], rows)
+
+
 def demo(result: dict[str, Any]) -> str:
     """Medians and ranges of the demo over seeds."""
 
@@ -244,6 +254,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "settings": ("lr_robustness.json", settings),
     "briefly": ("lr_robustness.json", briefly),
     "budgets": ("lr_robustness.json", curve),
+    "longer": ("longer_runs.json", longer),
     "demo": ("demo.json", demo),
     "betas": ("betas.json", betas.markdown),
     "products": ("curvature.json", products),
