@@ -33,9 +33,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from benchmarks.cells import ROOT, Cache, canonical
-from benchmarks.lr_robustness import BASELINES, STEPS, Matrix, Row, lr_at, percent, spread
+from benchmarks.lr_robustness import BASELINES, STEPS, Matrix, Row, lr_at, percent, rows_of, spread
 from benchmarks.results import command_line, save
-from benchmarks.tasks import TASKS, USUAL, Task
+from benchmarks.tasks import TASKS, Task
 from benchmarks.training import Cell, Plan, account, make_optimizers, train
 
 METHOD = "safe_betas"  # what begins with "safe" depends on the library
@@ -434,8 +434,8 @@ def _line(*cells: str) -> str:
 def tuned_lrs(rows: Sequence[Row], steps: int, workers: int) -> dict[Row, int]:
     """Returns the half decade of each row's best constant lr on seed 0; for 300 steps the results are committed."""
     matrix = Matrix(Cache(ROOT / "runs" / "lr_robustness", BASELINES), rows, steps=steps, workers=workers)
-    usual = {row: USUAL[row.optimizer] for row in rows}
-    return matrix.search(usual, lambda row, k: row.cell("constant", lr_at(k), 0, steps), "constant lr, grid")
+    matrix.tune()
+    return matrix.tuned
 
 
 def main() -> None:
@@ -450,7 +450,7 @@ def main() -> None:
     rows = [Row(*names) for names in ROWS]
     spike_steps = SPIKE_STEPS
     if args.full:
-        rows = [Row(task.name, optimizer) for task in TASKS.values() for optimizer in task.optimizers]
+        rows = rows_of()
     if args.quick:
         rows, args.seeds, args.steps, spike_steps = [Row("cnn", "adam")], args.seeds[:1], 60, 120
     tuned = tuned_lrs(rows, STEPS, args.workers)

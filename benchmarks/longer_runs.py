@@ -21,9 +21,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from benchmarks.cells import Cache
-from benchmarks.lr_robustness import BASELINES, ROOT, Matrix, Row, lr_at, percent, spread
+from benchmarks.lr_robustness import BASELINES, ROOT, Matrix, Row, lr_at, percent, rows_of, spread
 from benchmarks.results import save
-from benchmarks.tasks import TASKS, USUAL
+from benchmarks.tasks import TASKS
 from benchmarks.training import Cell, Plan, make_optimizers, protected, train
 
 STEPS = 1_000
@@ -81,13 +81,9 @@ def main() -> None:
     args = parser.parse_args()
     if 0 in args.seeds:
         parser.error("seed 0 is the one that lr is picked on: score on others")
-    rows = [Row(task.name, optimizer) for task in TASKS.values() for optimizer in task.optimizers]
-    rows = [row for row in rows if not args.tasks or row.task in args.tasks]
+    rows = rows_of(args.tasks)
     matrix = Matrix(Cache(args.cache, BASELINES), rows, args.seeds, args.steps, args.workers)
-    usual = {row: USUAL[row.optimizer] for row in rows}
-    matrix.tuned = matrix.search(
-        usual, lambda row, k: row.cell("constant", lr_at(k), 0, args.steps), "constant lr, grid"
-    )
+    matrix.tune()
     matrix.run([matrix.constant(row, seed) for seed in args.seeds for row in rows], "tuned")
     matrix.run([matrix.protected(row, k, seed) for seed in args.seeds for row in rows for k in (0, 4)], "safe_lr")
     warmups = warmed(matrix)

@@ -78,6 +78,17 @@ class Row:
         return Cell(self.task, self.optimizer, method, lr, seed, steps, tuple(sorted(options.items())))
 
 
+def rows_of(tasks: Sequence[str] | None = None) -> list[Row]:
+    """Returns every row, or those of some tasks.
+
+    Example:
+        >>> [str(row) for row in rows_of(["teacher"])]
+        ['teacher/rmsprop', 'teacher/adagrad']
+    """
+    rows = [Row(task.name, optimizer) for task in TASKS.values() for optimizer in task.optimizers]
+    return [row for row in rows if not tasks or row.task in tasks]
+
+
 Grid = dict[int, float]
 
 
@@ -143,11 +154,17 @@ class Matrix:
                 grids[w][k] = math.inf if result["diverged"] else result["score"]
         return {w: best(grid) for w, grid in grids.items()}
 
+    def tune(self) -> None:
+        """Finds each row's best constant lr, on seed 0."""
+        usual = {row: USUAL[row.optimizer] for row in self.rows}
+        self.tuned = self.search(
+            usual, lambda row, k: row.cell("constant", lr_at(k), 0, self.steps), "constant lr, grid"
+        )
+
     def baselines(self) -> None:
         """Runs whatever does without safe_lr."""
         s = self.steps
-        usual = {row: USUAL[row.optimizer] for row in self.rows}
-        self.tuned = self.search(usual, lambda row, k: row.cell("constant", lr_at(k), 0, s), "constant lr, grid")
+        self.tune()
         self.tuned_cosine = self.search(
             self.tuned, lambda row, k: row.cell("cosine", lr_at(k), 0, s), "warm-up + cosine, grid"
         )
@@ -494,10 +511,9 @@ def main() -> None:
     parser.add_argument("--save-baselines", action="store_true", help=f"write {BASELINES.name}, for a commit")
     parser.add_argument("--baselines-only", action="store_true", help="nothing of safe_lr's")
     args = parser.parse_args()
-    rows = [Row(task.name, optimizer) for task in TASKS.values() for optimizer in task.optimizers]
+    rows = rows_of(args.tasks)
     if args.quick:
-        rows = [Row(*names) for names in QUICK]
-    rows = [row for row in rows if not args.tasks or row.task in args.tasks]
+        rows = [row for row in (Row(*names) for names in QUICK) if row in rows]
     seeds = tuple(args.seeds) if args.seeds else SEEDS[:1] if args.quick else SEEDS
     if 0 in seeds:
         parser.error("seed 0 is the one that lr is picked on: score on others")

@@ -16,6 +16,9 @@ from safe_lr.policies import MULTIPLE_START, Trial
 SUMMED = 1.9
 """From this ratio of training gradient to the closure's own on, several backward passes have probably been added up."""
 
+SHORTENED = 0.995
+"""What is told with two digits is told to be annealed from here on."""
+
 FIGURES = ("lr_limit", "gamma", "lambda_max", "p_min", "p_eff")
 """A measurement's figures that stay in force until the next one."""
 
@@ -153,8 +156,8 @@ class State:
             found: The measurement.
             before, after: That lr.
             capped: Whether it is below the desired one.
-            annealed: What the updates at the cap have left of the margin, or of the crest where that is what binds.
-            highest: What the cap may not rise above: the crest, so annealed.
+            annealed: What the updates at the cap have left of the margin.
+            highest: What they have left of the crest, which the cap may not rise above; infinite where there is none.
         """
         if found.failure is not None:
             held = "there is no cap yet: the desired lr is applied"
@@ -163,10 +166,13 @@ class State:
             return "hold", f"{found.failure}; {held}"
         limit = "limit" if found.curvature != "trial" else "largest lr that lowers the batch's loss (no limit exists)"
         allowed = f"{self.margin:.3g} x {limit} {found.lr_limit:.3g}"
-        shortened = f"annealed to {annealed:.2g} after {self.held} updates at the cap" if annealed < 0.995 else ""
-        if self.margin * found.lr_limit > highest:
-            allowed = f"its crest {self.crest:.3g}{', ' * bool(shortened)}{shortened}; {allowed} would be more"
-        elif shortened:
+        target = min(self.margin * found.lr_limit, highest)
+        crest = self.crest if self.crest is not None and target == highest else None
+        left = annealed if crest is None else highest / crest
+        shortened = f"annealed to {left:.2g} after {self.held} updates at the cap"
+        if crest is not None:
+            allowed = f"its crest {crest:.3g}{f', {shortened}' * (left < SHORTENED)}; {allowed} would be more"
+        elif left < SHORTENED:
             allowed += f" (the margin {shortened})"
         if found.hvp in DIFFERENCES:
             allowed += f" (products by {'one-sided ' * (found.hvp == 'one-sided')}finite differences)"
@@ -180,11 +186,9 @@ class State:
                 "add up, the closure must return the sum of their losses)"
             )
         if after < before:
-            there = math.isclose(self.cap or 0.0, min(self.margin * found.lr_limit, highest), rel_tol=1e-3)
-            return (
-                "cap",
-                f"lr {before:.3g} is above the cap {self.cap:.3g}{' = ' if there else ', on its way to '}{allowed}",
-            )
+            there = math.isclose(self.cap or 0.0, target, rel_tol=1e-3)
+            allowed = f"= {allowed}" if there else f", on its way to {allowed}"
+            return "cap", f"lr {before:.3g} is above the cap {self.cap:.3g}{' ' * there}{allowed}"
         if after > before:
             return "raise", f"lr may rise from {before:.3g} to the cap {self.cap:.3g}, on its way to {allowed}"
         if capped:

@@ -244,8 +244,9 @@ class Controller:
     def highest(self) -> float:
         """What the cap may not rise above: the annealed crest, infinite where there is none to hold it down."""
         crest = self.state.crest
-        binds = crest is not None and self._learns_from_noise and self.state.held > STEADY_FROM
-        return crest * self.annealed if crest is not None and binds else math.inf
+        if crest is None or not self._learns_from_noise or self.state.held <= STEADY_FROM:
+            return math.inf
+        return crest * self.annealed
 
     @property
     def annealed(self) -> float:
@@ -426,9 +427,8 @@ class Controller:
         again, unit = state.trial in FAILED, self.annealed_share * found.lr_limit
         state.trial = trial
         still = still or state.multiple * self.annealed_share >= self.policy.margin_max
-        still = still or state.margin * found.lr_limit >= min(
-            self.highest, lr_ref
-        )  # else it would be wound up meanwhile
+        enough = min(self.highest, lr_ref)  # of which more would only be wound up
+        still = still or state.margin * found.lr_limit >= enough
         searched = found.trial_lr / unit if self.young and not found.trial_failed else None
         state.multiple = learned_multiple(
             state.multiple,

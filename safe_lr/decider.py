@@ -317,16 +317,8 @@ class Decider:
         self._record(*self._explained(found, before, after), found, before, after)
 
     def _explained(self, found: Measurement, before: float, after: float) -> tuple[Action, str]:
-        control, state = self.controller, self.state
-        crested = state.margin * found.lr_limit > control.highest
-        return state.explain(
-            found,
-            before,
-            after,
-            capped=self.rates.capped,
-            annealed=control.annealed if crested else control.annealed_part,
-            highest=control.highest,
-        )
+        left = {"annealed": self.controller.annealed_part, "highest": self.controller.highest}
+        return self.state.explain(found, before, after, capped=self.rates.capped, **left)
 
     def _tune(self, found: Measurement, *, usual: bool) -> None:
         """After a measurement, `usual` unless something looked wrong or the last one was of another time: moves betas.

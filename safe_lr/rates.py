@@ -15,7 +15,6 @@ from safe_lr.movers import shares
 DRIFT = 1.1
 """A group's share of lr_ref may grow by this factor before the measured limit counts as outdated."""
 
-
 ROUNDING, NEARLY = 1e-6, 0.99
 """LinearLR ends an ulp or two below the lr that it goes up to, OneCycleLR some tenths of a per cent."""
 
@@ -79,8 +78,10 @@ class Rates:
     def asked_of_cap(self) -> float:
         """What tells whether the cap holds lr back: `wanted`, but 0 where lr follows the cap and a schedule is still
         warming up: nowhere below its highest lr so far, which is not yet the largest."""
+        if not self.follow:
+            return self.lr_ref
         warming = self._top * (1 - ROUNDING) <= self.lr_ref < self._named_top * NEARLY
-        return 0.0 if self.follow and warming else self.wanted
+        return 0.0 if warming else math.inf
 
     def rescaled(self, shares: Sequence[float]) -> float:
         """Returns by what to multiply an lr_ref of the last measurement where these shares are those of the next: the
