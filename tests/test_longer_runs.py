@@ -21,6 +21,15 @@ def test_a_warm_up_that_the_cap_leaves_alone_is_the_one_without_it() -> None:
     assert capped["capped"] > 0.5 and capped["score"] != plain["score"]
 
 
+def test_the_seed_that_lr_is_picked_on_is_not_scored(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["longer_runs", "--seeds", "0", "1"])
+    with pytest.raises(SystemExit):
+        longer_runs.main()
+    assert "seed 0 is the one that lr is picked on" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_whole_benchmark(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
