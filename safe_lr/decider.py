@@ -195,8 +195,9 @@ class Decider:
         """Cuts margin and cap, with no measurement, where gradient norms have risen while the cap holds lr back."""
         if processes.count() > 1:
             return  # ranks whose gradient norms differ would cut at different updates
-        before, told = self.rates.applied[self.rates.reference], heed_norms(self.controller, self.rates.wanted)
+        told = heed_norms(self.controller, self.rates.wanted)
         if told is not None:
+            before = self.rates.applied[self.rates.reference]
             self.rates.apply(self.state.cap)
             self._record_cut(told, before)
 

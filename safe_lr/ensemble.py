@@ -131,10 +131,9 @@ class Ensemble:
         """Returns the norm of all gradients, unscaled; None where there are none. One synchronisation a member."""
         norms = []
         for optimizer in self.members:
-            grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            grads = [g for group in optimizer.param_groups for p in group["params"] if (g := p.grad) is not None]
             if grads:
-                dense = [g.coalesce().values() if g.is_sparse else g for g in grads]
-                total, scale = _norm(dense), getattr(optimizer, "grad_scale", None)
+                total, scale = _norm(grads), getattr(optimizer, "grad_scale", None)
                 norms.append(float(total if scale is None else total / scale.to(total.device)))
         return math.hypot(*norms) if norms else None
 
@@ -162,9 +161,9 @@ class Ensemble:
 
 def _norm(grads: list[Tensor]) -> Tensor:
     """`get_total_norm`, to the bit; plain tensors of one kind, the usual case, need none of its sorting."""
-    kinds = {(type(g), g.dtype, g.device) for g in grads}
-    if len(kinds) > 1 or type(grads[0]) is not Tensor:
-        return get_total_norm(grads)
+    kinds = {(type(g), g.dtype, g.device, g.layout) for g in grads}
+    if len(kinds) > 1 or type(grads[0]) is not Tensor or grads[0].is_sparse:
+        return get_total_norm([g.coalesce().values() if g.is_sparse else g for g in grads])
     with torch.no_grad():
         total: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         return total
