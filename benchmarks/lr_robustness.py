@@ -7,8 +7,8 @@ over the last tenth of the steps. `Tuned` is the best constant lr of a half-deca
 the other seeds, with the very batches that safe_lr is scored on: gaps are paired. Results are kept one file a run under
 `runs/lr_robustness`, so an interrupted matrix goes on where it was; those of the baselines are committed.
 
-The matrix takes some twenty minutes on two cores, an hour on slow ones; `--quick` (3 tasks, 2 optimizers, 1 seed) some
-minutes.
+The matrix takes some forty minutes on two cores; `--quick` (3 tasks, 2 optimizers, 1 seed) three, `--full` an hour and
+a half.
 """
 
 from __future__ import annotations
@@ -51,6 +51,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 CREDITS = (15.0, 30.0, 60.0, 120.0, 240.0)
 """Budgets for the curve of gap against overhead, at 100 times the tuned lr."""
+
+COMPARED = 3
+"""Seeds on which the default is compared with other settings and budgets; `--full` takes all."""
 
 
 def lr_at(k: int) -> float:
@@ -124,12 +127,20 @@ class Matrix:
         seeds: Those that are scored; seed 0 is the one that lr is picked on.
         steps: Of each run.
         workers: Processes.
+        compared: On how many of the seeds other settings and budgets are run; None for all.
     """
 
     def __init__(
-        self, cache: Cache, rows: Sequence[Row], seeds: Sequence[int] = SEEDS, steps: int = STEPS, workers: int = 2
+        self,
+        cache: Cache,
+        rows: Sequence[Row],
+        seeds: Sequence[int] = SEEDS,
+        steps: int = STEPS,
+        workers: int = 2,
+        compared: int | None = COMPARED,
     ) -> None:
         self.cache, self.rows, self.seeds, self.steps, self.workers = cache, rows, seeds, steps, workers
+        self.compared = seeds[:compared]
         self.used: list[Cell] = []
         self.tuned: dict[Row, int] = {}
         self.tuned_cosine: dict[Row, int] = {}
@@ -174,7 +185,8 @@ class Matrix:
         cells = [cell for seed in self.seeds for row in self.rows for cell in self.scored(row, seed)]
         cells += [self.prodigy(task, seed) for seed in self.seeds for task in self.tasks]
         cells += [self.schedule_free(task, self.tuned_free[task], seed) for seed in self.seeds for task in self.tasks]
-        cells += [self.unprotected(row, above) for row in self.rows for above in ABOVE[1:]]
+        cells += [self.unprotected(row, above, self.seeds[0]) for row in self.rows for above in ABOVE[1:]]
+        cells += [self.unprotected(row, SOME[-1], seed) for seed in self.compared for row in self.rows]
         self.run(cells, "baselines, scored")
 
     def scored(self, row: Row, seed: int) -> list[Cell]:
@@ -191,8 +203,8 @@ class Matrix:
     def finder(self, row: Row, seed: int) -> Cell:
         return row.cell("finder", 0.0, seed, self.steps)
 
-    def unprotected(self, row: Row, above: int) -> Cell:
-        return row.cell("constant", lr_at(self.tuned[row] + above), self.seeds[0], self.steps)
+    def unprotected(self, row: Row, above: int, seed: int) -> Cell:
+        return row.cell("constant", lr_at(self.tuned[row] + above), seed, self.steps)
 
     def prodigy(self, task: str, seed: int) -> Cell:
         return Row(task, "prodigy").cell("constant", 1.0, seed, self.steps)
@@ -204,9 +216,9 @@ class Matrix:
         """safe_lr at an lr above the tuned one."""
         return row.cell("safe", lr_at(self.tuned[row] + above), seed, self.steps, **options)
 
-    def budgeted(self, row: Row, credit: float) -> Cell:
+    def budgeted(self, row: Row, credit: float, seed: int) -> Cell:
         """safe_lr 100 times above the tuned lr, with another budget."""
-        return self.protected(row, 4, self.seeds[0], **({} if credit == Policy().credit else {"credit": credit}))
+        return self.protected(row, SOME[-1], seed, **({} if credit == Policy().credit else {"credit": credit}))
 
     def following(self, row: Row, seed: int) -> Cell:
         """safe_lr with no lr at all."""
@@ -216,15 +228,15 @@ class Matrix:
         """safe_lr around warm-up and cosine."""
         return row.cell("safe_cosine", lr_at(self.tuned_cosine[row] + above), seed, self.steps)
 
-    def ours(self, *, full: bool) -> None:
-        """Runs whatever depends on safe_lr; the variants on one seed unless `full`."""
+    def ours(self) -> None:
+        """Runs whatever depends on safe_lr."""
         cells = [self.protected(row, above, seed) for seed in self.seeds for row in self.rows for above in ABOVE]
         cells += [self.following(row, seed) for seed in self.seeds for row in self.rows]
         cells += [self.protected_cosine(row, 2, seed) for seed in self.seeds for row in self.rows]
         for options in list(VARIANTS.values())[1:]:
-            for seed in self.seeds if full else self.seeds[:1]:
+            for seed in self.compared:
                 cells += [self.protected(row, above, seed, **options) for row in self.rows for above in SOME]
-        cells += [self.budgeted(row, credit) for credit in CREDITS for row in self.rows]
+        cells += [self.budgeted(row, credit, seed) for credit in CREDITS for seed in self.compared for row in self.rows]
         self.run(cells, "safe_lr")
 
     # ---- what it says
@@ -251,6 +263,12 @@ class Matrix:
         found = [self.gap(cell_of(row, seed), row, seed, metric) for seed in self.seeds]
         return [gap for gap in found if gap is not None]
 
+    def middle(self, cell_of: Callable[[Row, int], Cell]) -> dict[str, float | None]:
+        """Returns median and worst over the rows of their mean gaps on the seeds that settings are compared on."""
+        of_rows = [[self.gap(cell_of(row, seed), row, seed) for seed in self.compared] for row in self.rows]
+        means = [statistics.fmean(gap for gap in of if gap is not None) for of in of_rows if None not in of]
+        return {"median": _or_none(statistics.median, means), "worst": _or_none(max, means)}
+
     def sensitivity(self, row: Row, *, protected: bool) -> float | None:
         """Returns the LR sensitivity: mean over lr of min(loss, initial loss) - best loss, on the first scored seed.
 
@@ -259,7 +277,8 @@ class Matrix:
         """
         seed = self.seeds[0]
         tuned = self.of(self.constant(row, seed))
-        cells = [self.protected(row, above, seed) if protected else self.unprotected(row, above) for above in ABOVE[1:]]
+        make = self.protected if protected else self.unprotected
+        cells = [make(row, above, seed) for above in ABOVE[1:]]
         results = [self.of(cell) for cell in cells]
         if tuned is None or any(result is None for result in results):
             return None
@@ -290,6 +309,7 @@ class Matrix:
         return {
             "steps": self.steps,
             "seeds": list(self.seeds),
+            "seeds_compared": list(self.compared),
             "worst_gap_at_tuned": _or_none(max, tuned),
             "rows_within_1_percent_at_tuned": sum(at["low"] is not None and at["low"] <= 0.01 for at in uncertain),
             "worst_gap_above": _or_none(max, above),
@@ -328,7 +348,7 @@ class Matrix:
                 "torch-lr-finder": summed(self.finder),
             },
             "unprotected": {
-                str(k): self.gap(self.unprotected(row, k), row, self.seeds[0]) for k in ABOVE[1:]
+                str(k): self.gap(self.unprotected(row, k, self.seeds[0]), row, self.seeds[0]) for k in ABOVE[1:]
             },
             "safe_lr": {
                 name: {
@@ -348,28 +368,24 @@ class Matrix:
         """Returns what each budget costs and leaves of the gap, over the rows."""
         points = []
         for credit in CREDITS:
-            cells = [(row, self.budgeted(row, credit)) for row in self.rows]
-            gaps = [self.gap(cell, row, self.seeds[0]) for row, cell in cells]
-            spent = [result["overhead_counted"] for _, cell in cells if (result := self.of(cell)) is not None]
-            point = _middle([gap for gap in gaps if gap is not None])
-            points.append({"credit": credit, "overhead": _or_none(statistics.median, spent), **point})
+            cells = [self.budgeted(row, credit, seed) for row in self.rows for seed in self.compared]
+            spent = [result["overhead_counted"] for cell in cells if (result := self.of(cell)) is not None]
+            gaps = self.middle(lambda row, seed, credit=credit: self.budgeted(row, credit, seed))
+            points.append({"credit": credit, "overhead": _or_none(statistics.median, spent), **gaps})
         return points
 
     def variants(self) -> dict[str, Any]:
         """Returns for each variant the median and worst gap over the rows, at the tuned lr and 100 times above it."""
-        table: dict[str, Any] = {}
-        seed = self.seeds[0]
-        for name, options in VARIANTS.items():
-            for k in SOME:
-                gaps = [self.gap(self.protected(row, k, seed, **options), row, seed) for row in self.rows]
-                table.setdefault(name, {})[str(k)] = _middle([gap for gap in gaps if gap is not None])
-        bare = [self.gap(self.unprotected(row, 4), row, seed) for row in self.rows]
-        table["nothing"] = {"0": _middle([0.0]), "4": _middle([gap for gap in bare if gap is not None])}
+        table: dict[str, Any] = {
+            name: {
+                str(k): self.middle(lambda row, seed, k=k, o=options: self.protected(row, k, seed, **o)) for k in SOME
+            }
+            for name, options in VARIANTS.items()
+        }
+        table["nothing"] = {
+            str(k): self.middle(lambda row, seed, k=k: self.unprotected(row, k, seed)) for k in SOME
+        }  # fmt: skip
         return table
-
-
-def _middle(gaps: Sequence[float]) -> dict[str, float | None]:
-    return {"median": _or_none(statistics.median, gaps), "worst": _or_none(max, gaps)}
 
 
 def _or_none(statistic: Callable[[Any], float], values: Sequence[float]) -> float | None:
@@ -502,7 +518,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the result")
     parser.add_argument("--figure", type=Path, help="where to draw it (PNG)")
     parser.add_argument("--quick", action="store_true", help="3 tasks, 2 optimizers, 1 seed")
-    parser.add_argument("--full", action="store_true", help="every variant on every seed")
+    parser.add_argument("--full", action="store_true", help="every variant and budget on every seed")
     parser.add_argument("--tasks", nargs="+", choices=sorted(TASKS), help="only these")
     parser.add_argument("--seeds", type=int, nargs="+", help="scored seeds (default 10 to 15; lr is picked on seed 0)")
     parser.add_argument("--steps", type=int, default=STEPS)
@@ -517,10 +533,11 @@ def main() -> None:
     seeds = tuple(args.seeds) if args.seeds else SEEDS[:1] if args.quick else SEEDS
     if 0 in seeds:
         parser.error("seed 0 is the one that lr is picked on: score on others")
-    matrix = Matrix(Cache(args.cache, BASELINES), rows, seeds, args.steps, args.workers)
+    compared = None if args.full else COMPARED
+    matrix = Matrix(Cache(args.cache, BASELINES), rows, seeds, args.steps, args.workers, compared)
     matrix.baselines()
     if not args.baselines_only:
-        matrix.ours(full=args.full)
+        matrix.ours()
     if args.save_baselines:
         commit_baselines(matrix, BASELINES)
     result = matrix.result()

@@ -80,7 +80,7 @@ def beside(result: dict[str, Any]) -> str:
 
 
 def settings(result: dict[str, Any]) -> str:
-    """Every setting, on one seed."""
+    """Every setting, on the same seeds."""
     rows = [
         [
             f"`{name}`" if name in VARIANTS else name,
@@ -101,14 +101,11 @@ BRIEFLY = {
 
 
 def briefly(result: dict[str, Any]) -> str:
-    """The default as means over all seeds, some other settings on one."""
+    """The default beside some other settings, on the same seeds."""
     rows = []
     for name, shown in BRIEFLY.items():
-        figures = {k: result["variants"][name][k] for k in ("0", "4")}
-        if name == "default":
-            means = {k: [row["safe_lr"][name][k]["mean"] for row in result["rows"]] for k in figures}
-            figures = {k: {"median": statistics.median(of), "worst": max(of)} for k, of in means.items()}
-        rows.append([shown, *(percent(figures[k][s]) for k in figures for s in ("median", "worst"))])
+        figures = result["variants"][name]
+        rows.append([shown, *(percent(figures[k][s]) for k in ("0", "4") for s in ("median", "worst"))])
     return markdown(["", "at the tuned lr: median", "worst", "at 100 times it: median", "worst"], rows)
 
 

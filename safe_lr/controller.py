@@ -61,7 +61,7 @@ class Controller:
         follows_gradients: Whether P is made of gradients at all.
         searched: Whether the limit is found by trial steps instead of measured.
         tolerance: The optimizer's own factor on the noise limit.
-        shrinks: Whether steps shrink by themselves, see `Preconditioner.shrinks`.
+        annealing: Power of annealing, see `Preconditioner.annealing`.
 
     Attributes:
         state: What a resumed run must remember.
@@ -86,14 +86,14 @@ class Controller:
         follows_gradients: bool = False,
         searched: bool = False,
         tolerance: float = 1.0,
-        shrinks: bool = False,
+        annealing: float = 1.0,
     ) -> None:
         if searched and policy.learns:
             policy = replace(policy, margin_max=min(policy.margin_max, MARGIN_SEARCHED))
         self.policy, self.least_cost = policy, least_cost
         self.momentum, self.unaveraged = momentum, unaveraged
         self.follows_gradients, self.searched, self.tolerance = follows_gradients, searched, tolerance
-        self.shrinks = shrinks
+        self.annealing = annealing
         margin = policy.margin_at(MULTIPLE_START, 1.0, young=True)
         self.state = State(MULTIPLE_START, margin, expected_cost=least_cost)
 
@@ -250,8 +250,8 @@ class Controller:
 
     @property
     def annealed(self) -> float:
-        """What is left of the noise limit; all of it where the margin is not learned, or steps shrink by themselves."""
-        return annealed(self.state.held) if self._learns_from_noise and not self.shrinks else 1.0
+        """What is left of the noise limit; all of it where the margin is not learned."""
+        return annealed(self.state.held) ** self.annealing if self._learns_from_noise else 1.0
 
     @property
     def _learns_from_noise(self) -> bool:

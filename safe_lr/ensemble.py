@@ -93,9 +93,9 @@ class Ensemble:
         return max(model.tolerance for model in self.models)
 
     @property
-    def shrinks(self) -> bool:
-        """Whether every member's steps shrink by themselves: see `Preconditioner.shrinks`."""
-        return all(model.shrinks for model in self.models)
+    def annealing(self) -> float:
+        """The largest of the members' powers of annealing: see `Preconditioner.annealing`."""
+        return max(model.annealing for model in self.models)
 
     @property
     def unaveraged(self) -> float:
@@ -164,9 +164,8 @@ def _norm(grads: list[Tensor]) -> Tensor:
     kinds = {(type(g), g.dtype, g.device, g.layout) for g in grads}
     if len(kinds) > 1 or type(grads[0]) is not Tensor or grads[0].is_sparse:
         return get_total_norm([g.coalesce().values() if g.is_sparse else g for g in grads])
-    with torch.no_grad():
-        total: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-        return total
+    total: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    return total.detach()  # under create_graph=True gradients have a graph; no_grad() takes longer than the norm
 
 
 def _model(optimizer: Optimizer, preconditioner: str | Preconditioner | None) -> Preconditioner:

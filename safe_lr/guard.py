@@ -137,7 +137,7 @@ class CoherenceGuard:
             follows_gradients=self.ensemble.follows_gradients,
             searched="trial" in self.ensemble.kinds,
             tolerance=self.ensemble.tolerance,
-            shrinks=self.ensemble.shrinks,
+            annealing=self.ensemble.annealing,
         )
         self.policy = self._controller.policy
         self._tuner = Tuner(self.ensemble, Tuning(tune_betas, beta1_range, beta2_range, tune_eps, eps_range))

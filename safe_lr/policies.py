@@ -106,9 +106,9 @@ cap has its crest. In steady runs trial steps find room at any lr (ROOM), and in
 ANNEALING, ANNEALED_TO = 0.25, 0.5
 """From then on the noise limit is annealed by this power of the run's length, to this part of it at most. A constant lr
 that is right for so many updates leaves noise that a smaller one averages out, and how long the run will be is not
-known. A power of .35 does as much good; .5 loses 9 to 14 % on single runs of 1,000 updates, and from update 50 on some
-rows lose 2 to 4 %. No further than to a half, since nothing was measured beyond 1,000 updates, and lr that falls lets
-gamma rise: an lr of half the cap is never annealed."""
+known. A power of .35 does as much good; .5 loses 9 to 14 % on single runs of 1,000 updates (Muon has it all the same,
+`Preconditioner.annealing`), and from update 50 on some rows lose 2 to 4 %. No further than to a half, since nothing was
+measured beyond 1,000 updates, and lr that falls lets gamma rise: an lr of half the cap is never annealed."""
 
 FREE_UPDATES = 13
 """Updates in which the cap follows each measurement freely, those at 0, 3 and 12 (GAP_FACTOR): until then the limit of

@@ -817,8 +817,8 @@ def test_steps_of_single_gradients_beside_averaged_ones_have_the_smaller_noise_l
         return guard._state.share
 
     assert (
-        Ensemble([Case(make).optimizer([nn.Parameter(torch.ones(1))], 1.0) for make in (Adagrad, Adam)]).shrinks
-        is False
+        Ensemble([Case(make).optimizer([nn.Parameter(torch.ones(1))], 1.0) for make in (Adagrad, Adam)]).annealing
+        == 1.0
     )
     shares = [margin(Case(make)) for make in (RMSprop, Adagrad)]
     assert shares == [pytest.approx(2.0), pytest.approx(4.5)]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 
 import pytest
 import torch
@@ -126,19 +127,29 @@ def test_the_search_goes_on_until_the_best_lies_inside(tmp_path):
 
 def test_a_small_matrix_from_the_grid_to_the_picture(tmp_path, monkeypatch):
     monkeypatch.setattr(lr_robustness, "VARIANTS", {"default": {}, "margin_max=1": {"margin_max": 1.0}})
-    matrix = Matrix(Cache(tmp_path / "cells"), [Row("teacher", "rmsprop")], seeds=(1, 2), steps=10, workers=0)
+    rows = [Row("teacher", "rmsprop"), Row("teacher", "adagrad")]
+    matrix = Matrix(Cache(tmp_path / "cells"), rows, seeds=(1, 2, 3), steps=10, workers=0, compared=2)
     matrix.baselines()
-    matrix.ours(full=False)
+    matrix.ours()
     result = matrix.result()
     json.dumps(result, allow_nan=False)
-    (row,) = result["rows"]
-    wanted = [matrix.gap(matrix.protected(Row("teacher", "rmsprop"), 2, seed), matrix.rows[0], seed) for seed in (1, 2)]
+    row, other = result["rows"]
+    wanted = [matrix.gap(matrix.protected(rows[0], 2, seed), rows[0], seed) for seed in (1, 2, 3)]
     assert row["safe_lr"]["default"]["2"]["all"] == wanted
+    assert len(row["safe_lr"]["margin_max=1"]["4"]["all"]) == 2 and not row["safe_lr"]["margin_max=1"]["2"]["all"]
+    for name in ("default", "margin_max=1"):  # both on the first two seeds
+        means = [statistics.fmean(of["safe_lr"][name]["4"]["all"][:2]) for of in (row, other)]
+        shown = result["variants"][name]["4"]
+        assert (shown["median"], shown["worst"]) == pytest.approx((statistics.median(means), max(means)))
+    bare = [[matrix.gap(matrix.unprotected(of, 4, seed), of, seed) for seed in (1, 2)] for of in rows]
+    assert result["variants"]["nothing"]["4"]["worst"] == pytest.approx(max(map(statistics.fmean, bare)))
+    assert result["variants"]["nothing"]["0"] == {"median": 0.0, "worst": 0.0}
+    assert [len({cell.seed for cell in matrix.used if dict(cell.options).get("credit") == 15.0})] == [2]
     assert result["worst_gap_above"] >= result["median_gap_above"]
     assert result["divergences_default"] <= result["divergences"]
     assert "teacher/rmsprop" in table(result)
     draw(result, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
     computed = matrix.cache.computed
-    matrix.ours(full=False)
+    matrix.ours()
     assert matrix.cache.computed == computed

@@ -642,8 +642,18 @@ def test_a_cut_under_the_crest_tells_of_the_cap_that_there_was() -> None:
     assert told is not None and f"cap {0.2 * annealed(400):.3g} -> {0.2 / STEP:.3g}" in told
 
 
+def test_muon_is_annealed_by_the_square() -> None:
+    made = Controller(Policy(margin_max=1e9), least_cost=8.0, tolerance=16.0, annealing=2.0)
+    made.starts([UpdateRule()])
+    margins = []
+    for made.state.held in (0, 100, 400, 1_600, 10**6):
+        made.anneal()
+        margins.append(made.state.margin)
+    assert margins == pytest.approx([16 * MULTIPLE_START * left for left in (1, 1, 0.5, 0.25, 0.25)])
+
+
 def test_steps_that_shrink_by_themselves_are_not_annealed_but_have_a_crest() -> None:
-    made = Controller(Policy(), least_cost=8.0, shrinks=True)
+    made = Controller(Policy(), least_cost=8.0, annealing=0.0)
     made.state = replace(late(2.0, 99).state)
     caps = [held(updates, 100.0, updates / 100, made) for updates in range(99, 1_000)]
     assert caps[-1] == made.state.crest == 2.0 and made.annealed == 1.0

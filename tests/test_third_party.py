@@ -380,13 +380,15 @@ def test_soap_says_what_it_cannot_turn() -> None:
         preconditioner_of(optimizer).diagonal(optimizer.param_groups[0], optimizer.state[x], torch.ones(2, 3))
 
 
-def test_only_what_sums_up_squares_for_ever_shrinks_its_own_steps() -> None:
+def test_only_what_sums_up_squares_for_ever_is_not_annealed() -> None:
     package = pytest.importorskip("pytorch_optimizer")
     x = torch.ones(2, 2, requires_grad=True)
-    makes = {True: [torch.optim.Adagrad, package.Shampoo], False: [torch.optim.RMSprop, torch.optim.Adam, package.SOAP]}
-    assert all(
-        preconditioner_of(make([x])).shrinks is shrinks for shrinks, several in makes.items() for make in several
-    )
+    makes = {
+        0.0: [torch.optim.Adagrad, package.Shampoo],
+        1.0: [torch.optim.RMSprop, torch.optim.Adam, package.SOAP],
+        2.0: [torch.optim.Muon],
+    }
+    assert all(preconditioner_of(make([x])).annealing == power for power, several in makes.items() for make in several)
 
 
 @pytest.mark.parametrize("name", ["SOAP", "Shampoo"])

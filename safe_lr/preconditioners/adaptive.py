@@ -20,7 +20,7 @@ class Adagrad(Preconditioner):
 
     second_moments: ClassVar[tuple[str, ...]] = ("sum",)
     movable: ClassVar[tuple[str, ...]] = ("eps",)
-    shrinks = True
+    annealing = 0.0
     unaveraged = 3 / 2
     """Its P grows for ever, so that steps shrink by themselves. On the LSTM of benchmarks/lr_robustness.py, 100 times
     above the tuned lr (six seeds), 12 % behind with 1, 5 % with 4/3 to 2; on the teacher 0 to 2 % ahead."""

@@ -42,9 +42,10 @@ class Preconditioner(ABC):
     """What `policies.UNAVERAGED` is multiplied by: how much more noise is stood where P is made of gradients, and steps
     of single ones."""
 
-    shrinks: ClassVar[bool] = False
-    """Whether P is a sum that grows for ever. Steps of one lr then shrink by themselves as the run goes on, the limit
-    rises, and a cap that does not rise with it (`policies.next_crest`) is enough: nothing is annealed on top."""
+    annealing: ClassVar[float] = 1.0
+    """Power of what `policies.annealed` leaves of the noise limit. 0 where P is a sum that grows for ever: steps of one
+    lr then shrink by themselves as the run goes on, the limit rises, and a cap that does not rise with it
+    (`policies.next_crest`) is enough. More than 1 where steps do not shrink with the gradient."""
 
     decoupled: ClassVar[bool] = False
     """Whether `weight_decay` acts on the parameters directly instead of through the gradient."""

@@ -139,7 +139,7 @@ class Shampoo(Preconditioner):
     """
 
     kind = "local scale"
-    shrinks = True
+    annealing = 0.0
     on_optimizer = ("maximize", "preconditioning_compute_steps")
 
     def diagonal(self, group: Group, state: State, g: Tensor) -> Tensor:
