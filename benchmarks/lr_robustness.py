@@ -265,9 +265,9 @@ class Matrix:
 
     def middle(self, cell_of: Callable[[Row, int], Cell]) -> dict[str, float | None]:
         """Returns median and worst over the rows of their mean gaps on the seeds that settings are compared on."""
-        of_rows = [[self.gap(cell_of(row, seed), row, seed) for seed in self.compared] for row in self.rows]
-        means = [statistics.fmean(gap for gap in of if gap is not None) for of in of_rows if None not in of]
-        return {"median": _or_none(statistics.median, means), "worst": _or_none(max, means)}
+        gaps = [[self.gap(cell_of(row, seed), row, seed) for seed in self.compared] for row in self.rows]
+        means = [statistics.fmean(of) for row in gaps if len(of := [gap for gap in row if gap is not None]) == len(row)]
+        return {"median": _or_none(statistics.median, means), "worst": _or_none(max, means), "rows": len(means)}
 
     def sensitivity(self, row: Row, *, protected: bool) -> float | None:
         """Returns the LR sensitivity: mean over lr of min(loss, initial loss) - best loss, on the first scored seed.

@@ -165,7 +165,7 @@ def _norm(grads: list[Tensor]) -> Tensor:
     if len(kinds) > 1 or type(grads[0]) is not Tensor or grads[0].is_sparse:
         return get_total_norm([g.coalesce().values() if g.is_sparse else g for g in grads])
     total: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-    return total.detach()  # under create_graph=True gradients have a graph; no_grad() takes longer than the norm
+    return total.detach()  # under create_graph=True gradients have a graph; no_grad() at each update takes longer
 
 
 def _model(optimizer: Optimizer, preconditioner: str | Preconditioner | None) -> Preconditioner:

@@ -46,7 +46,7 @@ RISES = 2
 plateau norms rise hundredfold, and with a cut at each rise lr fell to a hundredth of what the limit allowed."""
 
 MULTIPLE_MOST = 40.0
-"""Its ceiling. Muon needs 20."""
+"""Its ceiling, which tuned runs stay far below."""
 
 UNAVERAGED = 3.0
 """The noise limit is this many times higher where P is made of gradients and the fresh gradient moves the parameters

@@ -158,12 +158,11 @@ class Rates:
     def give_back(self) -> None:
         """Puts the desired lr back wherever a group still holds what we wrote."""
         self.read()
-        known = list(self._known or self.applied)
         for index, group in enumerate(self.optimizer.param_groups):
             if self._written[index] is not None:
-                known[index] = _write(group, self.desired[index])
+                _write(group, self.desired[index])
                 self._written[index] = None
-        self._known = known
+        self._known = self.applied
 
     def drifted(self) -> bool:
         """Whether groups or their shares have changed so much since the measurement that a new one is due."""
@@ -189,15 +188,15 @@ class Rates:
     def apply(self, cap: float | None) -> None:
         """Writes `capped_at(cap)`; writes nothing where the cap does not bind."""
         self._top = max(self._top, self.lr_ref)
-        scale, known = self._scale(cap), self.applied
-        nobody_wrote = self._known == known
+        scale, nobody_wrote = self._scale(cap), self._known == self.applied
         for index, group in enumerate(self.optimizer.param_groups):
             if scale != 1:
-                self._written[index] = known[index] = _write(group, self.desired[index] * scale)
+                _write(group, self.desired[index] * scale)
+                self._written[index] = float(group["lr"])
             elif self._written[index] is not None:
-                known[index] = _write(group, self.desired[index])
+                _write(group, self.desired[index])
                 self._written[index] = None
-        self._known = known if nobody_wrote else None
+        self._known = self.applied if nobody_wrote else None
 
     def _scale(self, cap: float | None) -> float:
         known = [(lr, share) for lr, share in zip(self.desired, self.shares, strict=False) if lr > 0 and share > 0]
@@ -243,10 +242,8 @@ def _number(index: int, lr: Any) -> float:
     return value
 
 
-def _write(group: dict[str, Any], lr: float) -> float:
-    """Returns what the group holds then: a tensor rounds it."""
+def _write(group: dict[str, Any], lr: float) -> None:
     if isinstance(group["lr"], Tensor):
         group["lr"].fill_(lr)  # compiled and captured optimizers hold on to this very tensor
-        return float(group["lr"])
-    group["lr"] = lr
-    return lr
+    else:
+        group["lr"] = lr

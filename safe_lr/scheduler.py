@@ -53,8 +53,8 @@ class CoherenceScheduler(LRScheduler):
             the source paper's worst case, usually a hundred times too small for Adam).
         margin: The fraction of the limit that may be used: a number in (0, 1] kept strictly, or "auto", learned by
             trial steps on the measured batch (a margin above 1 is recorded as `beyond_linear_limit`). Once the cap has
-            held lr back for 100 updates it is annealed, to a half after 1,600 (not Adagrad's), and the cap rises no
-            further than it was.
+            held lr back for 100 updates it is annealed, to a half after 1,600 (Muon's to an eighth, Adagrad's not), and
+            the cap rises no further than it was.
         margin_max: Largest learned margin (with margin="auto"); 1 never leaves the linearly stable region.
         trial_slack: With a learned margin the coming step lengthened by `1 / trial_slack` (twice as long by default)
             must not raise the batch's loss, or the margin falls (in the first 13 updates: the coming step itself); if

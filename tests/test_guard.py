@@ -40,6 +40,7 @@ from safe_lr.policies import (
     Policy,
     annealed,
 )
+from safe_lr.rules import smallest_share
 from tests.cases import Case
 
 CAP = 0.25  # of a Bowl at margin .5: half of 2 / 4
@@ -703,6 +704,31 @@ def test_adagrads_steps_shrink_by_themselves_and_its_margin_is_not_annealed() ->
         state = net.guard._state
     assert state.margin == pytest.approx(min(8.0, state.multiple * state.share), rel=1e-12)
     assert not any("annealed" in d.reason for d in net.guard.history)
+
+
+@pytest.mark.parametrize("order", [[0], [0, 1], [1, 0]], ids=["alone", "before AdamW", "after AdamW"])
+def test_muon_starts_high_and_is_annealed_by_the_cube(order: list[int]) -> None:
+    """Also where it is one of several."""
+    torch.manual_seed(0)
+    weight, bias = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.zeros(4))
+    x = torch.randn(32, 3)
+    y = x @ torch.randn(4, 3).T + torch.randn(32, 4)
+    both = [torch.optim.Muon([weight], lr=100.0, weight_decay=0.0), AdamW([bias], lr=100.0)]
+    guard = CoherenceGuard([both[k] for k in order], loggers=None, credit=1_000, margin_max=1e9)
+    loss = lambda: ((x @ weight.T + bias - y) ** 2).mean()  # noqa: E731
+    for step in range(240):
+        for optimizer in both:
+            optimizer.zero_grad()
+        loss().backward()
+        guard.observe(loss)
+        for k in order:
+            both[k].step()
+        state = guard._state
+        assert state.margin == pytest.approx(state.multiple * state.share * annealed(state.held - 1) ** 3, rel=1e-12)
+    rules = [rule for rule in guard.ensemble.rules() if rule is not None]
+    assert state.share == pytest.approx(24 * smallest_share(rules, momentum=True, unaveraged=1.0), rel=1e-3)
+    last = next(d for d in reversed(guard.history) if d.num_matvecs)
+    assert f"annealed to {annealed(last.step) ** 3:.2g} after {last.step} updates at the cap" in last.reason
 
 
 @pytest.mark.parametrize("follow", [False, True])

@@ -143,7 +143,7 @@ def test_a_small_matrix_from_the_grid_to_the_picture(tmp_path, monkeypatch):
         assert (shown["median"], shown["worst"]) == pytest.approx((statistics.median(means), max(means)))
     bare = [[matrix.gap(matrix.unprotected(of, 4, seed), of, seed) for seed in (1, 2)] for of in rows]
     assert result["variants"]["nothing"]["4"]["worst"] == pytest.approx(max(map(statistics.fmean, bare)))
-    assert result["variants"]["nothing"]["0"] == {"median": 0.0, "worst": 0.0}
+    assert result["variants"]["nothing"]["0"] == {"median": 0.0, "worst": 0.0, "rows": 2}
     assert [len({cell.seed for cell in matrix.used if dict(cell.options).get("credit") == 15.0})] == [2]
     assert result["worst_gap_above"] >= result["median_gap_above"]
     assert result["divergences_default"] <= result["divergences"]

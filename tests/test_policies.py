@@ -642,7 +642,7 @@ def test_a_cut_under_the_crest_tells_of_the_cap_that_there_was() -> None:
     assert told is not None and f"cap {0.2 * annealed(400):.3g} -> {0.2 / STEP:.3g}" in told
 
 
-def test_muon_is_annealed_by_the_square() -> None:
+def test_some_are_annealed_by_a_power() -> None:
     made = Controller(Policy(margin_max=1e9), least_cost=8.0, tolerance=16.0, annealing=2.0)
     made.starts([UpdateRule()])
     margins = []

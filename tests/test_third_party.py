@@ -386,7 +386,6 @@ def test_only_what_sums_up_squares_for_ever_is_not_annealed() -> None:
     makes = {
         0.0: [torch.optim.Adagrad, package.Shampoo],
         1.0: [torch.optim.RMSprop, torch.optim.Adam, package.SOAP],
-        2.0: [torch.optim.Muon],
     }
     assert all(preconditioner_of(make([x])).annealing == power for power, several in makes.items() for make in several)
 

@@ -45,7 +45,7 @@ class Preconditioner(ABC):
     annealing: ClassVar[float] = 1.0
     """Power of what `policies.annealed` leaves of the noise limit. 0 where P is a sum that grows for ever: steps of one
     lr then shrink by themselves as the run goes on, the limit rises, and a cap that does not rise with it
-    (`policies.next_crest`) is enough. More than 1 where steps do not shrink with the gradient."""
+    (`policies.next_crest`) is enough. More than 1 where nothing but lr makes steps shorter."""
 
     decoupled: ClassVar[bool] = False
     """Whether `weight_decay` acts on the parameters directly instead of through the gradient."""

@@ -84,15 +84,14 @@ class Muon(Preconditioner):
     """
 
     kind = "local scale"
-    tolerance = 16.0
-    """A tuned Muon runs at 15-20 times the noise limit, others at 1-3 (benchmarks/lr_robustness.py)."""
+    tolerance = 24.0
+    """Tuned runs go at 15-20 times the noise limit, others at 1-3 (benchmarks/lr_robustness.py), and gain by more at
+    first."""
 
-    annealing = 2.0
-    """Only a smaller lr makes its steps shorter, so that it needs a large one at first and a small one later: the ViT's
-    tuned lr over 1,000 steps is a third of that over 300. 100 times above it (300 steps, seeds 1 to 9 / 1,000, seeds 1
-    to 6) the ViT is 5.9 % ahead / level and the GPT .5 % behind / 1.4 ahead; with a tolerance of 12, 5.4 / 1.7 % ahead
-    and 1.7 behind / .2 ahead; with 8 and a power of 1 (seeds 1 to 6 / 1 to 3) 6.5 ahead / 4.0 behind and 4.4 behind /
-    .2 ahead; with 16 and a power of 1 1.8 ahead / 11.5 behind and .9 behind / .5 ahead."""
+    annealing = 3.0
+    """Nothing but a smaller lr makes its steps shorter, where Adam's m shrinks in noise: it takes a large lr at first
+    and a small one later. The ViT's tuned lr over 1,000 steps is a third of that over 300, the GPT's over 3,000 a third
+    of that over 1,000. What other tolerances and powers gave: docs/benchmarks.md, "An lr that drifts up"."""
 
     decoupled = True
 
