@@ -39,6 +39,7 @@ from safe_lr.policies import (
     learned_growth,
     learned_multiple,
     median_limit,
+    most_under_decay,
     next_cap,
     next_crest,
     next_rung,
@@ -61,7 +62,7 @@ class Controller:
         follows_gradients: Whether P is made of gradients at all.
         searched: Whether the limit is found by trial steps instead of measured.
         tolerance: The optimizer's own factor on the noise limit.
-        annealing: Power of annealing, see `Preconditioner.annealing`.
+        head_start, annealing: See `Preconditioner`.
 
     Attributes:
         state: What a resumed run must remember.
@@ -86,6 +87,7 @@ class Controller:
         follows_gradients: bool = False,
         searched: bool = False,
         tolerance: float = 1.0,
+        head_start: float = 1.0,
         annealing: float = 1.0,
     ) -> None:
         if searched and policy.learns:
@@ -95,7 +97,8 @@ class Controller:
         self.follows_gradients, self.searched, self.tolerance = follows_gradients, searched, tolerance
         self.annealing = annealing
         margin = policy.margin_at(MULTIPLE_START, 1.0, young=True)
-        self.state = State(MULTIPLE_START, margin, expected_cost=least_cost)
+        multiple = head_start * MULTIPLE_START
+        self.state = State(multiple, margin, told=multiple, expected_cost=least_cost)
 
     def restore(self, state: State) -> None:
         """Goes on from a saved state, under the present policy."""
@@ -201,6 +204,8 @@ class Controller:
             limit = min(limit, found.lr_limit)
         if self.state.updates >= MATURE:
             self.state.votes = [*self.state.votes, found.lr_limit / self._flip()][-VOTES:]
+        self.state.most = most_under_decay(found.decay, limit)
+        self.anneal()
         return replace(found, lr_limit=limit)
 
     def lr_to_try(self, found: Measurement, limit: float, lr_ref: float, *, measured: bool = True) -> float | None:
@@ -265,8 +270,7 @@ class Controller:
     @property
     def annealed_part(self) -> float:
         """What annealing leaves of the margin itself: all of it where `margin_max` is lower still."""
-        whole = self.policy.margin_at(self.state.multiple, self.state.share, young=self._unsettled)
-        return self.state.margin / whole
+        return self.state.margin / self._margin(self.state.multiple, self.state.share)
 
     @property
     def least_after_harm(self) -> float:
@@ -331,7 +335,11 @@ class Controller:
 
     def margin_at(self, multiple: float) -> float:
         """Returns the margin that a multiple of the noise limit would be at the coming step."""
-        return self.policy.margin_at(multiple, self.annealed_share, young=self._unsettled)
+        return self._margin(multiple, self.annealed_share)
+
+    def _margin(self, multiple: float, share: float) -> float:
+        margin = self.policy.margin_at(multiple, share, young=self._unsettled)
+        return min(margin, self.state.most) if self.policy.learns else margin
 
     @property
     def _unsettled(self) -> bool:
@@ -426,7 +434,7 @@ class Controller:
             state.course.tried(found.trial_lr / planned, failed=found.trial_failed is True)
         again, unit = state.trial in FAILED, self.annealed_share * found.lr_limit
         state.trial = trial
-        still = still or state.multiple * self.annealed_share >= self.policy.margin_max
+        still = still or state.multiple * self.annealed_share >= min(self.policy.margin_max, state.most)
         enough = min(self.highest, lr_ref)  # of which more would only be wound up
         still = still or state.margin * found.lr_limit >= enough
         searched = found.trial_lr / unit if self.young and not found.trial_failed else None

@@ -217,6 +217,7 @@ class Eigenproblem:
             "gamma": gamma.value,
             "limits": {name: limits[name] for name in BOUNDS if name in limits},
             "lr_limit": limits[bound],
+            "decay": max(self.decay),
             "residual": shown.residual,
             "upper": shown.upper,
             "converged": converged,

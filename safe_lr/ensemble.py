@@ -93,6 +93,11 @@ class Ensemble:
         return max(model.tolerance for model in self.models)
 
     @property
+    def head_start(self) -> float:
+        """The largest of the members' first multiples: see `Preconditioner.head_start`."""
+        return max(model.head_start for model in self.models)
+
+    @property
     def annealing(self) -> float:
         """The largest of the members' powers of annealing: see `Preconditioner.annealing`."""
         return max(model.annealing for model in self.models)

@@ -137,6 +137,7 @@ class CoherenceGuard:
             follows_gradients=self.ensemble.follows_gradients,
             searched="trial" in self.ensemble.kinds,
             tolerance=self.ensemble.tolerance,
+            head_start=self.ensemble.head_start,
             annealing=self.ensemble.annealing,
         )
         self.policy = self._controller.policy

@@ -215,6 +215,23 @@ def noise_share(flip: float, gain: float, *, averaged: bool, unaveraged: float =
     return (1.0 if averaged else unaveraged) * 2.0 / (flip * math.sqrt(gain))
 
 
+def most_under_decay(decay: float, limit: float) -> float:
+    """Returns the largest learned margin where weight decay is decoupled: lr * decay stays below 1, or lr the limit.
+
+    Noise and curvature leave room beyond the limit, and trial steps find it; a parameter that decay alone moves to the
+    other side of zero has none, and is large before a trial step tells.
+
+    Args:
+        decay: Decoupled weight decay, in 1 / lr.
+        limit: The limit, below 2 / decay.
+
+    Example:
+        >>> most_under_decay(0.1, 20.0), most_under_decay(0.1, 2.0), most_under_decay(0.0, 2.0)
+        (1.0, 5.0, inf)
+    """
+    return max(1.0, 1 / (decay * limit)) if decay * limit > 0 else math.inf
+
+
 def annealed(held: int) -> float:
     """Returns what is left of the noise limit after so many updates at which the cap held lr back.
 

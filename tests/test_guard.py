@@ -715,20 +715,51 @@ def test_muon_starts_high_and_is_annealed_by_the_cube(order: list[int]) -> None:
     y = x @ torch.randn(4, 3).T + torch.randn(32, 4)
     both = [torch.optim.Muon([weight], lr=100.0, weight_decay=0.0), AdamW([bias], lr=100.0)]
     guard = CoherenceGuard([both[k] for k in order], loggers=None, credit=1_000, margin_max=1e9)
+    state = guard._state
     loss = lambda: ((x @ weight.T + bias - y) ** 2).mean()  # noqa: E731
-    for step in range(240):
+    assert state.multiple == 3 * MULTIPLE_START
+    for _ in range(240):
         for optimizer in both:
             optimizer.zero_grad()
         loss().backward()
         guard.observe(loss)
         for k in order:
             both[k].step()
-        state = guard._state
         assert state.margin == pytest.approx(state.multiple * state.share * annealed(state.held - 1) ** 3, rel=1e-12)
     rules = [rule for rule in guard.ensemble.rules() if rule is not None]
-    assert state.share == pytest.approx(24 * smallest_share(rules, momentum=True, unaveraged=1.0), rel=1e-3)
+    assert state.share == pytest.approx(8 * smallest_share(rules, momentum=True, unaveraged=1.0), rel=1e-3)
     last = next(d for d in reversed(guard.history) if d.num_matvecs)
     assert f"annealed to {annealed(last.step) ** 3:.2g} after {last.step} updates at the cap" in last.reason
+
+
+@pytest.mark.parametrize(("lr", "highest"), [(100.0, 10.0), (1_000.0, 10.0), (2.0, 2.0)])
+def test_no_learned_margin_lets_decoupled_decay_alone_throw_parameters_over_zero(lr: float, highest: float) -> None:
+    """The limit is 2 / decay where nothing curves, and noise leaves no room beyond that: 8 times it ended in NaN."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(4, 3))
+    x = torch.randn(32, 3)
+    y = x @ torch.randn(4, 3).T + torch.randn(32, 4)
+    optimizer = torch.optim.Muon([weight], lr=lr, momentum=0.5, weight_decay=0.1)
+    guard = CoherenceGuard(optimizer, loggers=None)
+    loss = lambda: ((x @ weight.T - y) ** 2).mean()  # noqa: E731
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss().backward()
+        guard.observe(loss)
+        optimizer.step()
+        asked = guard.history[-1].lr_after
+        assert asked <= highest * (1 + 1e-9) or asked <= guard._state.figures["lr_limit"]
+    assert float(loss().detach()) < 1e4
+
+
+def test_a_fixed_margin_knows_nothing_of_that_and_keeps_its_part_of_the_limit() -> None:
+    x = nn.Parameter(torch.ones(1))
+    optimizer = AdamW([x], lr=100.0, weight_decay=0.1, eps=1.0)
+    guard = CoherenceGuard(optimizer, loggers=None, margin=0.9)
+    (1e-9 * x**2).sum().backward()
+    guard.observe(lambda: (1e-9 * x**2).sum())
+    optimizer.step()
+    assert guard._state.cap == pytest.approx(0.9 * guard._state.figures["lr_limit"]) and guard._state.cap > 17
 
 
 @pytest.mark.parametrize("follow", [False, True])

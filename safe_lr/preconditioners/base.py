@@ -42,6 +42,9 @@ class Preconditioner(ABC):
     """What `policies.UNAVERAGED` is multiplied by: how much more noise is stood where P is made of gradients, and steps
     of single ones."""
 
+    head_start: ClassVar[float] = 1.0
+    """What `policies.MULTIPLE_START` is multiplied by where a run begins; later it is what it is for others."""
+
     annealing: ClassVar[float] = 1.0
     """Power of what `policies.annealed` leaves of the noise limit. 0 where P is a sum that grows for ever: steps of one
     lr then shrink by themselves as the run goes on, the limit rises, and a cap that does not rise with it

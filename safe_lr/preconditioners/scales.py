@@ -84,14 +84,11 @@ class Muon(Preconditioner):
     """
 
     kind = "local scale"
-    tolerance = 24.0
-    """Tuned runs go at 15-20 times the noise limit, others at 1-3 (benchmarks/lr_robustness.py), and gain by more at
-    first."""
-
-    annealing = 3.0
+    tolerance = 8.0  # a tuned Muon runs at 15-20 times the noise limit, others at 1-3 (benchmarks/lr_robustness.py)
+    head_start, annealing = 3.0, 3.0
     """Nothing but a smaller lr makes its steps shorter, where Adam's m shrinks in noise: it takes a large lr at first
     and a small one later. The ViT's tuned lr over 1,000 steps is a third of that over 300, the GPT's over 3,000 a third
-    of that over 1,000. What other tolerances and powers gave: docs/benchmarks.md, "An lr that drifts up"."""
+    of that over 1,000. What others gave: docs/benchmarks.md, "An lr that drifts up"."""
 
     decoupled = True
 
