@@ -6,8 +6,8 @@ Two copies of a model train in one process on the same batches, one step each in
 ratio of the two sums is the overhead in wall time, read at several lengths of run; beside it stands what was counted,
 in gradient evaluations per step, and what single measurements and trial steps took in units of a plain step. Two tasks
 run 10,000 steps, the others 1,000; a cap that binds costs trial steps on top, so each runs at the tuned lr and 100
-times above it. The copy without safe_lr has the tuned lr throughout: at 100 times that a network soon is a wreck, whose
-forward pass is 10 % faster where its ReLUs are all off.
+times above it. The copy without safe_lr has the tuned lr throughout: at 100 times that a network soon is a wreck, and a
+conv net's forward pass 10 % faster for it.
 """
 
 from __future__ import annotations
