@@ -29,7 +29,7 @@ COUNTED = (
 """What a run has done and spent stays so, also where it goes back to an earlier state."""
 
 LIMITED = (
-    "cap", "crest", "measured_limit", "most", "flips", "share", "votes", "alone", "moving", "following", "figures",
+    "cap", "crest", "measured_limit", "decay", "flips", "share", "votes", "alone", "moving", "following", "figures",
     "expected_cost", "gap", "measured_at", "usual", "lowest", "cuts",
 )  # fmt: skip
 """What a measurement leaves behind."""
@@ -48,7 +48,7 @@ class State:
     cap: float | None = None
     crest: float | None = None  # what the cap, before annealing, may not rise above again in a steady run
     measured_limit: float = math.nan  # `figures["lr_limit"]` follows it and c from one measurement to the next
-    most: float = math.inf  # the largest learned margin that decoupled weight decay leaves under that limit
+    decay: float = 0.0  # the largest decoupled weight decay at that measurement, in 1 / lr
     flips: list[float | None] = field(default_factory=list)  # each parameter's c at that measurement, None: no gradient
     share: float = 1.0  # the noise limit as a part of lr_limit, at the coming step
     votes: list[float] = field(default_factory=list)  # the newest limits, each divided by its c

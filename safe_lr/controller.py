@@ -204,7 +204,9 @@ class Controller:
             limit = min(limit, found.lr_limit)
         if self.state.updates >= MATURE:
             self.state.votes = [*self.state.votes, found.lr_limit / self._flip()][-VOTES:]
-        self.state.most = most_under_decay(found.decay, limit)
+        if found.decay > 0:
+            limit = min(limit, 2 / found.decay)  # which needs no witness
+        self.state.decay, self.state.figures["lr_limit"] = found.decay, limit
         self.anneal()
         return replace(found, lr_limit=limit)
 
@@ -314,7 +316,8 @@ class Controller:
         was = state.share, state.figures["lr_limit"]
         self._share(rules)
         if self.momentum:
-            state.figures["lr_limit"] = state.measured_limit * rise
+            limit = state.measured_limit * rise
+            state.figures["lr_limit"] = min(limit, 2 / state.decay) if state.decay > 0 else limit
         is_now = state.share, state.figures["lr_limit"]
         moved = any(abs(now - then) > SETTLED * then for then, now in zip(was, is_now, strict=True))
         state.following = moved or self.young  # for what ends with youth
@@ -339,7 +342,12 @@ class Controller:
 
     def _margin(self, multiple: float, share: float) -> float:
         margin = self.policy.margin_at(multiple, share, young=self._unsettled)
-        return min(margin, self.state.most) if self.policy.learns else margin
+        return min(margin, self._most)
+
+    @property
+    def _most(self) -> float:
+        """What no learned margin exceeds; a fixed one is 1 at most anyway."""
+        return most_under_decay(self.state.decay, self.state.figures.get("lr_limit", math.nan))
 
     @property
     def _unsettled(self) -> bool:
@@ -388,6 +396,7 @@ class Controller:
         told: tuple[Action, str] | None = None if moved is None else ("margin", moved)
         if alone and trial == "roomy":
             told = "raise", self._relieved(tried, planned)
+            self.anneal()
         state.trial_gap = next_trial_gap(state.trial_gap)
         state.trial_at = state.updates + state.trial_gap
         state.cap = self.cap_under(state.figures["lr_limit"])
@@ -434,7 +443,7 @@ class Controller:
             state.course.tried(found.trial_lr / planned, failed=found.trial_failed is True)
         again, unit = state.trial in FAILED, self.annealed_share * found.lr_limit
         state.trial = trial
-        still = still or state.multiple * self.annealed_share >= min(self.policy.margin_max, state.most)
+        still = still or state.multiple * self.annealed_share >= min(self.policy.margin_max, self._most)
         enough = min(self.highest, lr_ref)  # of which more would only be wound up
         still = still or state.margin * found.lr_limit >= enough
         searched = found.trial_lr / unit if self.young and not found.trial_failed else None

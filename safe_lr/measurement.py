@@ -41,7 +41,8 @@ class Measurement:
         gamma: Coherence, largest eigenvalue of P^-1/2 H P^-1/2 (with each group's P divided by its share of `lr_ref`).
         limits: lr limit under `lemma1`, `coherence`, `momentum`, those that were solved for.
         lr_limit: The limit under the chosen bound: the coming step's, on `lr_ref`.
-        decay: Largest decoupled weight decay of a parameter, in 1 / lr; `lr_limit` is below 2 / decay.
+        decay: Largest decoupled weight decay of a parameter, in 1 / lr; `lr_limit` is below 2 / decay. 0 where trial
+            steps stand for a limit.
         residual: Residual norm of the eigenpair of gamma (of lambda_max under `lemma1`), in its unit.
         upper: That eigenvalue plus its residual: a heuristic for an upper bound, not a certificate.
         converged: Whether every eigenvalue's residual met the tolerance.

@@ -106,7 +106,7 @@ cap has its crest. In steady runs trial steps find room at any lr (ROOM), and in
 ANNEALING, ANNEALED_TO = 0.25, 0.5
 """From then on the noise limit is annealed by this power of the run's length, to this part of it at most. A constant lr
 that is right for so many updates leaves noise that a smaller one averages out, and how long the run will be is not
-known. A power of .35 does as much good; .5 loses 9 to 14 % on single runs of 1,000 updates (Muon has it all the same,
+known. A power of .35 does as much good; .5 loses 9 to 14 % on single runs of 1,000 updates (Muon has .75,
 `Preconditioner.annealing`), and from update 50 on some rows lose 2 to 4 %. No further than to a half, since nothing was
 measured beyond 1,000 updates, and lr that falls lets gamma rise: an lr of half the cap is never annealed."""
 
@@ -229,7 +229,7 @@ def most_under_decay(decay: float, limit: float) -> float:
         >>> most_under_decay(0.1, 20.0), most_under_decay(0.1, 2.0), most_under_decay(0.0, 2.0)
         (1.0, 5.0, inf)
     """
-    return max(1.0, 1 / (decay * limit)) if decay * limit > 0 else math.inf
+    return max(1.0, 1 / (decay * limit)) if decay > 0 and limit > 0 else math.inf
 
 
 def annealed(held: int) -> float:

@@ -659,6 +659,22 @@ def test_steps_that_shrink_by_themselves_are_not_annealed_but_have_a_crest() -> 
     assert caps[-1] == made.state.crest == 2.0 and made.annealed == 1.0
 
 
+def test_a_margin_at_what_decay_leaves_raises_the_multiple_no_further_and_a_lower_limit_leaves_more() -> None:
+    made = late(8.0, 200, tried_at=10)
+    made.state.cap, made.state.decay = 1.5, 0.5
+    made.state.figures["lr_limit"] = 1.0
+    made.anneal()
+    assert made.state.margin == 2.0  # lr = 1 / .5
+    tried = Measurement(lr_limit=1.0, loss=1.0, trial_loss=0.5, trial_lr=64.0)
+    before = made.state.multiple
+    assert made.settle_trial(tried, math.inf) is None
+    assert (made.state.multiple, made.state.trial) == (before, "roomy")
+    found = made.weighed(Measurement(lr_limit=0.1, decay=0.5), 1e-3)
+    made.settle(found, lr_ref=1e-3, jump=None)
+    assert made.state.margin == pytest.approx(min(8.0, 8.0 * annealed(200)))
+    assert made.weighed(Measurement(lr_limit=0.01, decay=100.0), 1e-3).lr_limit <= 2 / 100
+
+
 def test_a_margin_at_its_ceiling_raises_the_multiple_no_further() -> None:
     """Else annealing would have to undo first what never was in force."""
     made = late(8.0, 200, tried_at=10)
