@@ -98,7 +98,7 @@ TOLD = 1.05
 """A margin that trial steps have moved by this factor since it was last told of is a decision."""
 
 STEADY_FROM = 100
-"""Updates at which the cap held lr back, from which on a run counts as steady: above where it started the multiple
+"""Updates at which the cap held lr back, from which on a run counts as steady: above MULTIPLE_START the multiple
 moves by no more per trial than their number has grown since the last one (`pace`), the noise limit is annealed, and the
 cap has its crest. In steady runs trial steps find room at any lr (ROOM), and in full steps lr goes on rising: after
 1,000 updates a ResNet's was 8 times the tuned one, a GPT's 4 times."""
@@ -272,7 +272,7 @@ def next_crest(crest: float | None, cap: float, *, held: int) -> float | None:
 
 
 def pace(held: int, last: int) -> float:
-    """Returns the factor by which the multiple moves after trial steps above where it started: STEP, in a steady run
+    """Returns the factor by which the multiple moves after trial steps above MULTIPLE_START: STEP, in a steady run
     no more than the run has grown longer since.
 
     So it rises or falls no faster than that length does, however many trial steps there are, as steps of a
