@@ -33,7 +33,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from benchmarks.cells import ROOT, Cache, canonical
-from benchmarks.lr_robustness import BASELINES, STEPS, Matrix, Row, lr_at, percent, rows_of, spread
+from benchmarks.lr_robustness import BASELINES, STEPS, Matrix, Row, between, lr_at, percent, rows_of, spread
 from benchmarks.results import command_line, save
 from benchmarks.tasks import TASKS, Task
 from benchmarks.training import Cell, Plan, account, make_optimizers, train
@@ -353,18 +353,6 @@ def _or_none(statistic: Callable[[Sequence[float]], float], values: Sequence[flo
 
 
 # ---- what it says
-
-
-def between(found: dict[str, Any]) -> str:
-    """Returns a gap with its interval.
-
-    Example:
-        >>> between(spread([0.01, 0.03])), between(spread([0.5])), between(spread([]))
-        ('+2.0% (-10.7% to +14.7%)', '+50.0%', '-')
-    """
-    if found["low"] is None:
-        return percent(found["mean"])
-    return f"{percent(found['mean'])} ({percent(found['low'])} to {percent(found['high'])})"
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -420,6 +420,18 @@ def percent(value: float | None) -> str:
     return f"{value:+.1%}" if abs(value) < 1 else f"{value:+.0%}"
 
 
+def between(found: dict[str, Any]) -> str:
+    """Returns a gap with its interval.
+
+    Example:
+        >>> between(spread([0.01, 0.03])), between(spread([0.5])), between(spread([]))
+        ('+2.0% (-10.7% to +14.7%)', '+50.0%', '-')
+    """
+    if found["low"] is None:
+        return percent(found["mean"])
+    return f"{percent(found['mean'])} ({percent(found['low'])} to {percent(found['high'])})"
+
+
 def table(result: dict[str, Any]) -> str:
     """Returns the result as text."""
     titles = (
@@ -436,14 +448,16 @@ def table(result: dict[str, Any]) -> str:
         "cosine",
         "prodigy",
     )
-    lines = ["".join(f"{title:>{18 if i == 0 else 10}}" for i, title in enumerate(titles))]
+    widths = (18, 10, 10, 28, 28, *[10] * 7)
+    shown = [titles]
     for row in result["rows"]:
         safe, others = row["safe_lr"]["default"], row["baselines"]
-        cells = [percent(safe[str(k)]["mean"]) for k in ABOVE]
+        cells = [between(safe[str(k)]) for k in ABOVE[:2]] + [percent(safe[str(k)]["mean"]) for k in ABOVE[2:]]
         cells += [percent(row["unprotected"]["2"]), percent(row["follow_limit"]["mean"])]
         cells += [percent(others["warm-up + cosine"]["mean"]), percent(others["prodigy"]["mean"])]
         loss = "-" if row["tuned_loss"] is None else f"{row['tuned_loss']:.4f}"
-        lines.append(f"{row['row']:>18}{row['tuned_lr']:>10.3g}{loss:>10}" + "".join(f"{c:>10}" for c in cells))
+        shown.append((row["row"], f"{row['tuned_lr']:.3g}", loss, *cells))
+    lines = ["".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in shown]
     lines.append("")
     for name, at in result["variants"].items():
         shown = "   ".join(

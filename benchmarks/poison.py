@@ -28,9 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.betas import between, tuned_lrs
+from benchmarks.betas import tuned_lrs
 from benchmarks.cells import ROOT, Cache, canonical
-from benchmarks.lr_robustness import STEPS, Row, lr_at, spread
+from benchmarks.lr_robustness import STEPS, Row, between, lr_at, spread
 from benchmarks.results import command_line, save
 from benchmarks.results import markdown as table
 from benchmarks.tasks import TASKS

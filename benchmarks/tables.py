@@ -18,20 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import betas, poison
-from benchmarks.lr_robustness import ABOVE, VARIANTS, percent
+from benchmarks.lr_robustness import ABOVE, VARIANTS, between, percent
 from benchmarks.results import markdown
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def between(found: dict[str, Any]) -> str:
-    """Returns a mean gap with its interval."""
-    if found["low"] is None:
-        return percent(found["mean"])
-    return f"{percent(found['mean'])} ({percent(found['low'])} to {percent(found['high'])})"
 
 
 def gaps(result: dict[str, Any]) -> str:
@@ -81,14 +74,7 @@ def beside(result: dict[str, Any]) -> str:
 
 def settings(result: dict[str, Any]) -> str:
     """Every setting, on the same seeds."""
-    rows = [
-        [
-            f"`{name}`" if name in VARIANTS else name,
-            *(percent(at[k][s]) for k in ("0", "4") for s in ("median", "worst")),
-        ]
-        for name, at in result["variants"].items()
-    ]
-    return markdown(["", "at the tuned lr: median", "worst", "at 100x: median", "worst"], rows)
+    return _settings(result, {name: f"`{name}`" if name in VARIANTS else name for name in result["variants"]})
 
 
 BRIEFLY = {
@@ -102,10 +88,14 @@ BRIEFLY = {
 
 def briefly(result: dict[str, Any]) -> str:
     """The default beside some other settings, on the same seeds."""
-    rows = []
-    for name, shown in BRIEFLY.items():
-        figures = result["variants"][name]
-        rows.append([shown, *(percent(figures[k][s]) for k in ("0", "4") for s in ("median", "worst"))])
+    return _settings(result, BRIEFLY)
+
+
+def _settings(result: dict[str, Any], names: dict[str, str]) -> str:
+    rows = [
+        [shown, *(percent(result["variants"][name][k][s]) for k in ("0", "4") for s in ("median", "worst"))]
+        for name, shown in names.items()
+    ]
     return markdown(["", "at the tuned lr: median", "worst", "at 100 times it: median", "worst"], rows)
 
 

@@ -46,7 +46,7 @@ from safe_lr.policies import (
     pace,
     rungs,
 )
-from safe_lr.rules import Rules, constants, largest_constant, smallest_rise, smallest_share
+from safe_lr.rules import Rules, constants, largest_constant, risen, smallest_rise, smallest_share
 from safe_lr.settings import COST_OF_LOSS
 from safe_lr.tuning import pressure
 
@@ -204,11 +204,15 @@ class Controller:
             limit = min(limit, found.lr_limit)
         if self.state.updates >= MATURE:
             self.state.votes = [*self.state.votes, found.lr_limit / self._flip()][-VOTES:]
-        if found.decay > 0:
-            limit = min(limit, 2 / found.decay)  # which needs no witness
-        self.state.decay, self.state.figures["lr_limit"] = found.decay, limit
+        self.state.decay = found.decay
+        self._limit_to(limit)
+        return replace(found, lr_limit=self.state.figures["lr_limit"])
+
+    def _limit_to(self, limit: float) -> None:
+        """Puts a limit in force, none beyond what decoupled decay alone leaves, and the margin that goes with it."""
+        decay = self.state.decay
+        self.state.figures["lr_limit"] = min(limit, 2 / decay) if decay > 0 else limit
         self.anneal()
-        return replace(found, lr_limit=limit)
 
     def lr_to_try(self, found: Measurement, limit: float, lr_ref: float, *, measured: bool = True) -> float | None:
         """Returns the lr to try on the batch next, None where there is nothing (more) to learn.
@@ -316,8 +320,7 @@ class Controller:
         was = state.share, state.figures["lr_limit"]
         self._share(rules)
         if self.momentum:
-            limit = state.measured_limit * rise
-            state.figures["lr_limit"] = min(limit, 2 / state.decay) if state.decay > 0 else limit
+            self._limit_to(risen(state.measured_limit, rise, state.decay))
         is_now = state.share, state.figures["lr_limit"]
         moved = any(abs(now - then) > SETTLED * then for then, now in zip(was, is_now, strict=True))
         state.following = moved or self.young  # for what ends with youth
@@ -341,18 +344,13 @@ class Controller:
         return self._margin(multiple, self.annealed_share)
 
     def _margin(self, multiple: float, share: float) -> float:
-        margin = self.policy.margin_at(multiple, share, young=self._unsettled)
-        return min(margin, self._most)
+        young = self.young and self.tolerance <= 1
+        return min(self.policy.margin_at(multiple, share, young=young), self._most)
 
     @property
     def _most(self) -> float:
         """What no learned margin exceeds; a fixed one is 1 at most anyway."""
         return most_under_decay(self.state.decay, self.state.figures.get("lr_limit", math.nan))
-
-    @property
-    def _unsettled(self) -> bool:
-        """Whether MARGIN_YOUNG bounds the margin."""
-        return self.young and self.tolerance <= 1
 
     def _flip(self) -> float:
         """The largest c of the parameters that move, where the limit counts it."""
@@ -396,7 +394,6 @@ class Controller:
         told: tuple[Action, str] | None = None if moved is None else ("margin", moved)
         if alone and trial == "roomy":
             told = "raise", self._relieved(tried, planned)
-            self.anneal()
         state.trial_gap = next_trial_gap(state.trial_gap)
         state.trial_at = state.updates + state.trial_gap
         state.cap = self.cap_under(state.figures["lr_limit"])
@@ -412,7 +409,7 @@ class Controller:
         seen = (tried.trial_lr or planned) * self.policy.trial_slack / planned
         rise = min(others, seen)
         state.alone, state.measured_limit = seen < others, rise * state.measured_limit
-        state.figures["lr_limit"] = rise * low
+        self._limit_to(rise * low)
         return (
             f"limit {low:.3g} -> {rise * low:.3g}, of {others * low:.3g} before: the lower one was of a single batch, "
             f"and even a trial step (lr {tried.trial_lr:.3g}) would move this one's loss from {tried.loss:.4g} to "

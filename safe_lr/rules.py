@@ -40,6 +40,27 @@ def smallest_rise(then: Constants, now: Constants) -> float | None:
     return min(rises, default=None)
 
 
+def risen(limit: float, rise: float, decay: float) -> float:
+    """Returns a limit where each c is `rise` times what it was.
+
+        limit = 2 / ((2 / c) gamma + decay)
+
+    Only the part that curves falls with c. Where parameters' decays differ it is no larger than it may be.
+
+    Args:
+        limit: The limit so far.
+        rise: Of c.
+        decay: The largest decoupled weight decay, in 1 / lr.
+
+    Example:
+        >>> risen(0.1, 3.0, 0.0), risen(0.1, 19.0, 20.0), round(risen(0.05, 3.0, 20.0), 4)
+        (0.30000000000000004, 0.1, 0.075)
+    """
+    if rise == 1 or decay <= 0:
+        return limit * rise
+    return 1 / (max(0.0, 1 / limit - decay / 2) / rise + decay / 2)
+
+
 def largest_constant(known: Constants) -> float:
     """Returns the largest finite c of those that move; 2 where there is none.
 

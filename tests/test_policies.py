@@ -56,7 +56,7 @@ from safe_lr.policies import (
     pace,
     rungs,
 )
-from safe_lr.stability import UpdateRule
+from safe_lr.stability import UpdateRule, lr_limit
 
 
 @pytest.mark.parametrize(
@@ -763,3 +763,17 @@ def test_a_margin_below_its_ceiling_is_told_as_annealed_only_by_as_much_as_it_is
         control.state.updates, control.state.held, control.state.share = 800, 800, 0.5
         control.anneal()
         assert control.annealed_part == pytest.approx(part, rel=1e-12)
+
+
+@pytest.mark.parametrize(("gamma", "decay"), [(10.0, 0.0), (10.0, 0.1), (1.0, 1.0), (1e-6, 3.0)])
+@pytest.mark.parametrize(("then", "now"), [(0.0, 0.9), (0.9, 0.5), (0.9, 0.9)])
+def test_a_limit_that_follows_momentum_is_the_rules_own_with_decoupled_decay(
+    gamma: float, decay: float, then: float, now: float
+) -> None:
+    before, after = (UpdateRule(decay=b, from_average=1.0, from_gradient=0.0) for b in (then, now))
+    made = Controller(Policy(margin=0.9), least_cost=8.0)
+    made.starts([before])
+    limit = float(lr_limit(before, gamma, decay))
+    made.settle(made.weighed(Measurement(lr_limit=limit, decay=decay), 1e9), lr_ref=1e9, jump=None)
+    made.follow([after])
+    assert made.state.figures["lr_limit"] == pytest.approx(float(lr_limit(after, gamma, decay)), rel=1e-9)
